@@ -1,0 +1,303 @@
+"""Everything a user can set: its meaning, its unit and its default.
+
+Five sections (`data`, `model`, `optim`, `training`, `callbacks`) of frozen dataclasses. `cli.py` fills them from YAML
+files and flags; tests and notebooks build them directly. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+MAX_MODEL_TEXT_IDS = 402
+"""Text ids of the released model's position table (SPEC: max_text_tokens)."""
+MAX_MODEL_MEL_CODES = 604
+"""Mel codes of the released model's position table (max_mel_tokens)."""
+
+
+def default_cache_dir() -> str:
+    """`$TORTOISE_HF_CACHE`, or `~/.cache/tortoise_hf`."""
+    return os.environ.get("TORTOISE_HF_CACHE") or str(Path.home() / ".cache" / "tortoise_hf")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which recordings, which of them count, and how they become batches."""
+
+    root: str
+    """Folder that holds metadata.csv and wavs/, an archive (.zip, .tar, .tar.gz, .tgz) of such a folder, or the id of a
+    dataset on the Hub (owner/name)."""
+    train_list: Optional[str] = None
+    """List file of the training clips, relative to root. Left out: metadata.csv, train.txt and the like are looked for."""
+    eval_list: Optional[str] = None
+    """List file of the evaluation clips. Left out: val.txt and the like if there, otherwise clips are split off."""
+    eval_fraction: float = 0.05
+    """Share of the clips split off for evaluation when there is no list for it."""
+    min_eval_clips: int = 8
+    """Fewest clips split off, as long as at least half stay for training."""
+    max_eval_clips: int = 200
+    """Most clips split off."""
+    metadata_text: Literal["normalized", "raw"] = "normalized"
+    """Column of a three-column metadata.csv that is the transcript: the last (normalized) or the second (raw)."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    eval_split: Optional[str] = None
+    """Split of a Hub dataset used for evaluation. Left out: clips are split off."""
+    audio_column: str = "audio"
+    """Column of a Hub dataset that holds the recordings."""
+    text_column: Optional[str] = None
+    """Column of a Hub dataset that holds the transcripts. Left out: normalized_text, text, sentence or transcription."""
+    speaker_column: Optional[str] = None
+    """Column of a Hub dataset that names the speaker. Left out: one speaker."""
+    streaming: bool = False
+    """Read a Hub dataset row by row instead of downloading all of it first."""
+    min_seconds: float = 0.6
+    """Shortest clip kept, in seconds. Source of the default: DL-Art-School's 0.6 s."""
+    max_samples: int = 255_995
+    """Longest clip kept, in samples at 22 050 Hz (11.6 s). Source of the default: EXAMPLE_gpt.yml."""
+    max_text_ids: int = 200
+    """Most text ids of a clip kept. Source of the default: EXAMPLE_gpt.yml."""
+    missing: Literal["skip", "error"] = "skip"
+    """What a clip without its audio file does: be left out and counted, or stop the run."""
+    allow_outside: bool = False
+    """Follow paths and links that lead out of the dataset folder."""
+    cache_dir: str = field(default_factory=default_cache_dir)
+    """Where prepared examples and unpacked archives are kept."""
+    num_proc: int = 1
+    """Processes that prepare examples."""
+    num_workers: int = 0
+    """Processes per GPU that collate batches while the model works; 0 does it in between."""
+    num_conditioning_clips: int = 2
+    """Reference clips a training row is conditioned on; their vectors are averaged, as when the voice speaks."""
+    conditioning_seconds: float = 6.0
+    """Length of a reference clip, in seconds. Source: 132 300 samples at 22 050 Hz in tortoise-tts."""
+    padding: Literal["mask", "stop"] = "mask"
+    """mask: padding counts for nothing. stop: padding is filled with stop tokens that count, as in the reference
+    trainer; for comparisons only."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        _require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), got {self.eval_fraction}")
+        _require(self.min_eval_clips >= 0, f"data.min_eval_clips must be 0 or more, got {self.min_eval_clips}")
+        _require(
+            self.max_eval_clips >= max(1, self.min_eval_clips),
+            f"data.max_eval_clips must be at least data.min_eval_clips and 1, got {self.max_eval_clips}",
+        )
+        _require(self.min_seconds > 0, f"data.min_seconds must be above 0 seconds, got {self.min_seconds}")
+        # A row holds len // 1024 + 1 codes and START; 604 codes are what the position table allows for.
+        most_samples = MAX_MODEL_MEL_CODES * 1024 - 1
+        _require(
+            self.min_seconds * 22_050 <= self.max_samples <= most_samples,
+            f"data.max_samples must lie between data.min_seconds and the model's wall of {most_samples:,} samples "
+            f"({MAX_MODEL_MEL_CODES} codes), got {self.max_samples:,}",
+        )
+        _require(
+            1 <= self.max_text_ids <= MAX_MODEL_TEXT_IDS,
+            f"data.max_text_ids must lie between 1 and the model's wall of {MAX_MODEL_TEXT_IDS}, got {self.max_text_ids}",
+        )
+        _require(self.num_proc >= 1, f"data.num_proc must be 1 or more, got {self.num_proc}")
+        _require(self.num_workers >= 0, f"data.num_workers must be 0 or more, got {self.num_workers}")
+        _require(
+            self.num_conditioning_clips >= 1,
+            f"data.num_conditioning_clips must be 1 or more, got {self.num_conditioning_clips}",
+        )
+        _require(
+            0.5 <= self.conditioning_seconds <= 30,
+            f"data.conditioning_seconds must lie between 0.5 and 30 seconds, got {self.conditioning_seconds}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights the run starts from."""
+
+    base: str = "released"
+    """released: TorToiSe's own weights from the Hub. Otherwise a folder (config.json, model.safetensors, tokenizer.json,
+    mel_norms.safetensors, dvae/; what it lacks comes from the released files) or an autoregressive .pth/.safetensors."""
+    weights_dir: Optional[str] = None
+    """Folder with the released files (autoregressive.pth, dvae.pth, tokenizer.json, mel_norms.pth) for machines without
+    a network."""
+    from_scratch: bool = False
+    """Start from random weights of base's size instead of its weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its learning rate and what the loss weighs. Defaults: DL-Art-School's EXAMPLE_gpt.yml."""
+
+    learning_rate: float = 1e-5
+    """Highest learning rate of the run."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of matrices; biases, norms and embeddings have none."""
+    beta1: float = 0.9
+    """AdamW: decay of the gradient's mean."""
+    beta2: float = 0.96
+    """AdamW: decay of the squared gradient's mean."""
+    eps: float = 1e-8
+    """AdamW: added to the denominator."""
+    max_grad_norm: float = 4.0
+    """Largest L2 norm of the gradients of each parameter group; larger ones are scaled down to it."""
+    lr_schedule: Literal["constant", "linear", "cosine", "multistep", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls over the run."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    milestones: tuple[int, ...] = ()
+    """Schedule multistep: optimizer steps after which the learning rate is multiplied by gamma."""
+    gamma: float = 0.5
+    """Schedule multistep: the factor."""
+    min_lr_ratio: float = 0.0
+    """Schedules linear and cosine: the last learning rate, as a share of learning_rate."""
+    text_loss_weight: float = 0.01
+    """Weight of the text head's loss. Source: EXAMPLE_gpt.yml."""
+    mel_loss_weight: float = 1.0
+    """Weight of the mel head's loss. Source: EXAMPLE_gpt.yml."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        _require(self.learning_rate > 0, f"optim.learning_rate must be above 0, got {self.learning_rate}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.eps > 0, f"optim.eps must be above 0, got {self.eps}")
+        _require(self.max_grad_norm > 0, f"optim.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        _require(
+            self.lr_schedule != "multistep" or len(self.milestones) > 0,
+            "optim.lr_schedule multistep needs optim.milestones, for instance [500, 1000, 1400, 1800]",
+        )
+        _require(
+            all(step >= 1 for step in self.milestones),
+            f"optim.milestones must be optimizer steps of 1 or more, got {list(self.milestones)}",
+        )
+        _require(0 < self.gamma <= 1, f"optim.gamma must be in (0, 1], got {self.gamma}")
+        _require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        for name in ("text_loss_weight", "mel_loss_weight"):
+            _require(getattr(self, name) >= 0, f"optim.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how often, how large a batch, and where results go.
+
+    Carries the names transformers' callbacks ask `TrainingArguments` for, so the stock ones run unmodified; the ones a
+    user doesn't set are properties below. Every `_steps` counts optimizer steps.
+    """
+
+    output_dir: str
+    """Folder of the run: checkpoints, log, exported model."""
+    max_steps: int = -1
+    """Optimizer steps of the run; -1 takes num_train_epochs instead."""
+    num_train_epochs: int = 20
+    """Times every clip is seen, when max_steps is -1."""
+    batch_size: int = 128
+    """Clips per optimizer step, over all processes and micro-batches. Source of the default: the Colab guide."""
+    micro_batch_size: int = 8
+    """Most clips one device works on at once; the rest of its share is accumulated."""
+    eval_batch_size: int = 8
+    """Clips one device evaluates at once; the result doesn't depend on it."""
+    logging_steps: int = 10
+    """Optimizer steps between two log lines."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """Evaluate every eval_steps, after every epoch, or never."""
+    eval_steps: int = 50
+    """Optimizer steps between two evaluations. One more comes before the first step and one after the last."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """Save a checkpoint every save_steps, after every epoch, or only at the end (no)."""
+    save_steps: int = 50
+    """Optimizer steps between two checkpoints."""
+    save_total_limit: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    seed: int = 1234
+    """Seed of weights made from scratch, clip order, conditioning clips and dropout."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        _require(
+            self.max_steps == -1 or self.max_steps >= 1,
+            f"training.max_steps must be 1 or more, or -1 for training.num_train_epochs, got {self.max_steps}",
+        )
+        for name in (
+            "num_train_epochs",
+            "batch_size",
+            "micro_batch_size",
+            "eval_batch_size",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+        ):
+            value = getattr(self, name)
+            hint = "; switch it off with strategy no" if name in ("eval_steps", "save_steps") else ""
+            _require(value >= 1, f"training.{name} must be 1 or more, got {value}{hint}")
+        _require(self.seed >= 0, f"training.seed must be 0 or more, got {self.seed}")
+
+    # What transformers' callbacks read from TrainingArguments besides the fields above.
+    metric_for_best_model = "eval_loss"
+    greater_is_better = False
+    load_best_model_at_end = True  # EarlyStoppingCallback only asks whether best models are tracked; they are.
+    logging_strategy = "steps"
+    logging_first_step = True
+    eval_delay = 0
+    report_to = ()
+    run_name = None
+    disable_tqdm = False
+
+    @property
+    def logging_dir(self) -> str:
+        """Folder of TensorBoard's event files."""
+        return str(Path(self.output_dir) / "logs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values (the trackers log them)."""
+        return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        """The settings as JSON (the TensorBoard callback stores it)."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackConfig:
+    """Which extra callbacks run."""
+
+    progress: bool = True
+    """Show a progress bar."""
+    tensorboard: bool = False
+    """Write TensorBoard logs (needs the tensorboard extra)."""
+    early_stopping_patience: int = 0
+    """Evaluations without improvement after which the run ends; 0 never ends it early."""
+    early_stopping_threshold: float = 0.0
+    """Smallest fall of the eval loss that counts as an improvement, in nats."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        for name in ("early_stopping_patience", "early_stopping_threshold"):
+            _require(getattr(self, name) >= 0, f"callbacks.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole experiment."""
+
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    training: TrainingConfig
+    callbacks: CallbackConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as a YAML file would hold them."""
+        values = dataclasses.asdict(self)
+        values["optim"]["milestones"] = list(self.optim.milestones)
+        return values
