@@ -16,3 +16,31 @@ def reference_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the released {name}, which is not part of the repository (looked for it in {REFERENCE})")
     return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Top folder of the checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+def golden_gpt(dropout: float = 0.0):
+    """The small GPT of golden/gpt.safetensors, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
+
+    config = GPTConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_heads=4,
+        num_text_tokens=255,
+        max_text_tokens=40,
+        num_mel_codes=256,
+        max_mel_tokens=60,
+        dropout=dropout,
+    )
+    model = TortoiseGPT(config)
+    state = load_file(GOLDEN / "gpt.safetensors")
+    model.load_state_dict({key[3:]: value for key, value in state.items() if key.startswith("sd.")})
+    return model.eval()

@@ -11,10 +11,10 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 MAX_MODEL_TEXT_IDS = 402
-"""Text ids of the released model's position table (SPEC: max_text_tokens)."""
+"""Text ids of the released model's position table (its max_text_tokens)."""
 MAX_MODEL_MEL_CODES = 604
 """Mel codes of the released model's position table (max_mel_tokens)."""
 
@@ -36,9 +36,9 @@ class DataConfig:
     root: str
     """Folder that holds metadata.csv and wavs/, an archive (.zip, .tar, .tar.gz, .tgz) of such a folder, or the id of a
     dataset on the Hub (owner/name)."""
-    train_list: Optional[str] = None
-    """List file of the training clips, relative to root. Left out: metadata.csv, train.txt and the like are looked for."""
-    eval_list: Optional[str] = None
+    train_list: str | None = None
+    """List file of the training clips, relative to root. Left out: metadata.csv, train.txt and the like are tried."""
+    eval_list: str | None = None
     """List file of the evaluation clips. Left out: val.txt and the like if there, otherwise clips are split off."""
     eval_fraction: float = 0.05
     """Share of the clips split off for evaluation when there is no list for it."""
@@ -50,13 +50,13 @@ class DataConfig:
     """Column of a three-column metadata.csv that is the transcript: the last (normalized) or the second (raw)."""
     split: str = "train"
     """Split of a Hub dataset."""
-    eval_split: Optional[str] = None
+    eval_split: str | None = None
     """Split of a Hub dataset used for evaluation. Left out: clips are split off."""
     audio_column: str = "audio"
     """Column of a Hub dataset that holds the recordings."""
-    text_column: Optional[str] = None
-    """Column of a Hub dataset that holds the transcripts. Left out: normalized_text, text, sentence or transcription."""
-    speaker_column: Optional[str] = None
+    text_column: str | None = None
+    """Column of a Hub dataset with the transcripts. Left out: normalized_text, text, sentence or transcription."""
+    speaker_column: str | None = None
     """Column of a Hub dataset that names the speaker. Left out: one speaker."""
     streaming: bool = False
     """Read a Hub dataset row by row instead of downloading all of it first."""
@@ -102,7 +102,8 @@ class DataConfig:
         )
         _require(
             1 <= self.max_text_ids <= MAX_MODEL_TEXT_IDS,
-            f"data.max_text_ids must lie between 1 and the model's wall of {MAX_MODEL_TEXT_IDS}, got {self.max_text_ids}",
+            f"data.max_text_ids must lie between 1 and the model's wall of {MAX_MODEL_TEXT_IDS}, "
+            f"got {self.max_text_ids}",
         )
         _require(self.num_proc >= 1, f"data.num_proc must be 1 or more, got {self.num_proc}")
         _require(self.num_workers >= 0, f"data.num_workers must be 0 or more, got {self.num_workers}")
@@ -121,11 +122,14 @@ class ModelConfig:
     """Which weights the run starts from."""
 
     base: str = "released"
-    """released: TorToiSe's own weights from the Hub. Otherwise a folder (config.json, model.safetensors, tokenizer.json,
-    mel_norms.safetensors, dvae/; what it lacks comes from the released files) or an autoregressive .pth/.safetensors."""
-    weights_dir: Optional[str] = None
+    """released: TorToiSe's own weights from the Hub. Otherwise a folder (config.json, model.safetensors,
+    tokenizer.json, mel_norms.safetensors, dvae/; what it lacks comes from the released files) or an autoregressive
+    .pth or .safetensors file."""
+    weights_dir: str | None = None
     """Folder with the released files (autoregressive.pth, dvae.pth, tokenizer.json, mel_norms.pth) for machines without
     a network."""
+    tokenizer: str | None = None
+    """Another tokenizer.json than base's; tokens both know keep their embeddings. Left out: base's own."""
     from_scratch: bool = False
     """Start from random weights of base's size instead of its weights."""
     gradient_checkpointing: bool = False
@@ -218,6 +222,9 @@ class TrainingConfig:
     """Optimizer steps between two checkpoints."""
     save_total_limit: int = 2
     """Newest checkpoints kept; the best one is kept besides."""
+    resume: str = "auto"
+    """auto: go on where the run in output_dir stopped, if there is one. never: refuse a folder that holds a run.
+    Otherwise the folder of a checkpoint to go on from."""
     seed: int = 1234
     """Seed of weights made from scratch, clip order, conditioning clips and dropout."""
 

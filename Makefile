@@ -1,0 +1,34 @@
+# make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU
+# make test   set up, then check the code and run the tests
+# make clean  delete what the two made, except the packages in .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO := runs/demo
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml scripts/train.py --config configs/demo.yaml
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache
+
+# uv installs the same packages as pip, several times faster. Both read constraints.txt, which pins every version.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.10; run make with PYTHON=python3.11 or newer."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "uv>=0.5" && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

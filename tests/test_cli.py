@@ -1,0 +1,108 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tortoise_hf.cli import load_config, run
+from tortoise_hf.errors import UserError
+
+RECIPE = """
+data:
+  root: recordings
+training:
+  output_dir: runs/x
+  batch_size: 16
+optim:
+  learning_rate: 1e-4
+  milestones: [10, 20]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_files_and_flags_merge_left_to_right(recipe, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("training:\n  batch_size: 32\n  seed: 7\n")
+    cfg = load_config(["--config", str(recipe), "--config", str(more), "--training.seed", "8"], "x")
+    assert (cfg.training.batch_size, cfg.training.seed) == (32, 8)
+    assert cfg.optim.learning_rate == 1e-4  # YAML itself would read 1e-4 as text
+    assert cfg.optim.milestones == (10, 20)
+    assert cfg.data.root == "recordings"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--optim.learning_rat", "1"], "optim.learning_rat is not a setting; did you mean optim.learning_rate?"),
+        (["--optim.learning_rate", "fast"], "expected a value of type float, got fast"),
+        (["--optim.learning_rate", "-1"], "optim.learning_rate must be above 0, got -1.0"),
+        (["--data.padding", "zeros"], "expected one of 'mask', 'stop', got zeros"),
+        (["--training.batch_size", "1.5"], "expected a value of type int, got 1.5"),
+        (["--training.save_steps", "0"], "training.save_steps must be 1 or more, got 0; switch it off"),
+        (["stray"], "stray"),
+    ],
+)
+def test_wrong_flags_end_in_one_sentence(recipe, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--config", str(recipe), *arguments], "x")
+    assert stop.value.code == 2
+    assert_one_sentence(capsys, sentence)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        ("data:\n  rot: x\n", "data.rot is not a setting; did you mean data.root?"),
+        ("dataa:\n  root: x\n", "dataa"),
+        ("data: 3\n", "data"),
+        ("data: [\n", "Problems parsing config"),
+        ("data:\n  root: x\n", "training.output_dir: not set"),
+    ],
+)
+def test_wrong_files_end_in_one_sentence(tmp_path, capsys, yaml, sentence):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml)
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--config", str(path)], "x")
+    assert stop.value.code == 2
+    assert_one_sentence(capsys, sentence)
+
+
+def test_a_config_file_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        load_config(["--config", "nowhere.yaml"], "x")
+    assert_one_sentence(capsys, "nowhere.yaml")
+
+
+def assert_one_sentence(capsys, sentence):
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 2  # the sentence and where to look
+
+
+def test_user_errors_become_a_sentence_and_exit_code_1(capsys):
+    def fail():
+        raise UserError("the folder is empty")
+
+    with pytest.raises(SystemExit) as stop:
+        run(fail)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: the folder is empty\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "export.py"])
+def test_help_answers_quickly(script, repository):
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(repository / "scripts" / script), "--help"], capture_output=True, text=True, check=True
+    )
+    # Loading torch alone takes longer than that; the promise to users is 3 s.
+    assert time.perf_counter() - start < 3
+    assert "usage" in done.stdout

@@ -1,0 +1,50 @@
+"""Saves checkpoints when asked, keeps the newest and the best, and makes sure a run's last step is on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from tortoise_hf.checkpoint import rotate_checkpoints, save_checkpoint
+
+
+class CheckpointCallback(TrainerCallback):
+    """Write a checkpoint at every save, at every new best evaluation and after the last step."""
+
+    def __init__(self, accelerator: Accelerator, keep_last: int) -> None:
+        """Keep the newest `keep_last` checkpoints, and the best one besides."""
+        self.accelerator = accelerator
+        self.keep_last = keep_last
+        self.saved_step: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run starts on a step that is on disk already."""
+        self.saved_step = state.global_step if state.global_step > 0 else None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
+        """Ask for a save if this is the best evaluation so far (the one before the first step doesn't count)."""
+        value = metrics[args.metric_for_best_model]
+        if state.global_step > 0 and (state.best_metric is None or value < state.best_metric):
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write, then delete what is neither new nor best."""
+        self._save(args, state, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the last step if it isn't on disk."""
+        if self.saved_step != state.global_step:
+            self._save(args, state, **kwargs)
+
+    def _save(self, args: Any, state: Any, *, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
+        output_dir = Path(args.output_dir)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = f"checkpoint-{state.global_step}"
+        save_checkpoint(output_dir, self.accelerator, model, optimizer, lr_scheduler, state)
+        self.saved_step = state.global_step
+        if self.accelerator.is_main_process:
+            rotate_checkpoints(output_dir, self.keep_last, {state.best_model_checkpoint or ""})

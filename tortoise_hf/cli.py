@@ -1,0 +1,112 @@
+"""YAML files and flags become a `Config`; user errors become one sentence and an exit code.
+
+The only module that knows the parser. It imports nothing heavy, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import jsonargparse
+
+from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from tortoise_hf.errors import UserError
+
+SECTIONS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "callbacks": CallbackConfig,
+}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong in a sentence, without the page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        print(f"error: {_tidy(message)}\nSee --help for all settings.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _tidy(message: str) -> str:
+    """The parser's message in one line, in words a user knows, with a suggestion for a mistyped key."""
+    text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+    text = text.removeprefix("Parser key ").removeprefix("Problem in default config file ")
+    text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = text.replace("Expected a one of", "expected one of").replace("Expected a ", "expected a value of type ")
+    text = text.replace(". Got value:", ", got")
+    unknown = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", text)
+    if unknown:
+        return f"{unknown[1]}.{unknown[2]} is not a setting{_suggest(f'{unknown[1]}.{unknown[2]}')}"
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(r"[Oo]ption '([\w.]+)'", text)
+    if unknown:
+        return f"{unknown[1]} is not a setting{_suggest(unknown[1])}"
+    required = re.search(r"the following arguments are required: (.*)", text)
+    if required:
+        return f"{required[1]}: not set; give a value in a --config file or as a flag."
+    return text
+
+
+def _suggest(key: str) -> str:
+    """The nearest setting's name, as the end of a sentence."""
+    known = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+    nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else "."
+
+
+def build_parser(description: str) -> jsonargparse.ArgumentParser:
+    """Parser with a `--config` and a `--section.key` flag for every setting."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s --config FILE.yaml [--section.key value ...]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,  # otherwise a shortened, perhaps mistyped key counts as the setting it begins
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with settings; may be given several times, later files and flags win.",
+    )
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    return parser
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Help text at a readable width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=110, max_help_position=32)
+
+
+def load_config(argv: Sequence[str] | None, description: str) -> Config:
+    """Settings out of command-line arguments (`None`: the process's own).
+
+    Raises:
+        SystemExit: with code 2 after one sentence on stderr, if a key, type or value is wrong; 0 after `--help`.
+    """
+    parser = build_parser(description)
+    values = parser.parse_args(argv)
+    try:
+        sections = parser.instantiate(values)
+        return Config(**{name: getattr(sections, name) for name in SECTIONS})
+    except ValueError as error:  # a range check of config.py
+        parser.error(str(error))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main and turn a `UserError` into its message on stderr and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,95 @@
+"""AdamW with TorToiSe's parameter groups, per-group clipping and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from tortoise_hf.config import OptimConfig
+
+NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Split trained parameters into one group with weight decay and one without.
+
+    Without: biases, everything in a norm layer, embeddings (both token tables and both position tables). With: the
+    matrices of convolutions and linear layers. Names are sorted inside a group, so the optimizer state of two runs
+    lines up. Source: the groups DL-Art-School trains this model with.
+
+    Returns:
+        `[decay, no_decay]` for `torch.optim`, each with its parameter names under `names`.
+    """
+    decay: dict[str, nn.Parameter] = {}
+    no_decay: dict[str, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            if not parameter.requires_grad:
+                continue
+            without = name.endswith("bias") or isinstance(module, (*NORM_LAYERS, nn.Embedding))
+            (no_decay if without else decay)[name] = parameter
+    return [
+        {"params": [group[name] for name in sorted(group)], "names": sorted(group), "weight_decay": rate}
+        for group, rate in ((decay, weight_decay), (no_decay, 0.0))
+    ]
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; the fused kernel where the weights are on a GPU."""
+    groups = parameter_groups(model, cfg.weight_decay)
+    for group in groups:
+        group.pop("names")
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True if on_gpu else None
+    )
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Scale the gradients of each parameter group down to an L2 norm of `max_norm`, each group by itself.
+
+    Call it on unscaled gradients, once per optimizer step. Source: the reference trainer clips the two groups apart.
+
+    Returns:
+        (G,) norms before clipping, one per group, on the gradients' device.
+    """
+    return torch.stack(
+        [torch.nn.utils.clip_grad_norm_(group["params"], max_norm) for group in _groups(optimizer)]
+    )
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict]:
+    return (group for group in optimizer.param_groups if any(p.grad is not None for p in group["params"]))
+
+
+def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
+    """Share of the learning rate at the optimizer step that follows `step` finished ones.
+
+    Args:
+        step: finished optimizer steps, from 0.
+        cfg: schedule and its settings.
+        max_steps: optimizer steps of the whole run.
+    """
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    if cfg.lr_schedule == "multistep":
+        return cfg.gamma ** sum(step >= milestone for milestone in cfg.milestones)
+    if cfg.lr_schedule == "inverse_sqrt":
+        # The usual form: it falls with the root of the step number, from wherever warm-up ended.
+        return math.sqrt(max(1, cfg.warmup_steps) / (step + 1))
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+    if cfg.lr_schedule == "linear":
+        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 - progress)
+    if cfg.lr_schedule == "cosine":
+        return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, cfg: OptimConfig, max_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as a torch scheduler; `LRScheduleCallback` advances it once per optimizer step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, cfg, max_steps))
