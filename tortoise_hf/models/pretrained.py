@@ -1,0 +1,283 @@
+"""Where a run starts: find the base's files, fetch what it lacks from the release, and build the models from them.
+
+A base is "released" (TorToiSe's own weights), a folder, or a weights file. Folder layout, the same as an export's:
+`config.json` + `model.safetensors` (or a `.pth` in the published layout), `tokenizer.json`, `mel_norms.safetensors`,
+`dvae/config.json` + `dvae/model.safetensors`. Whatever a base lacks comes from the released files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import initialization
+
+from tortoise_hf.audio import load_mel_norms as read_mel_norms
+from tortoise_hf.config import ModelConfig
+from tortoise_hf.errors import UserError
+from tortoise_hf.models.checkpoint_formats import (
+    check_weights,
+    config_from_weights,
+    published_layout,
+    read_gpt_weights,
+    read_tensors,
+)
+from tortoise_hf.models.dvae import DVAE, DVAEConfig
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
+from tortoise_hf.models.released import RELEASED, fetch_released, file_sha256
+from tortoise_hf.models.vocabulary import map_vocabulary, resize_text_rows
+from tortoise_hf.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+RELEASED_BASE = "released"
+# What a base may lack, and the released file that stands in for it.
+_RELEASED_NAMES = {
+    "gpt_weights": "autoregressive.pth",
+    "tokenizer": "tokenizer.json",
+    "mel_norms": "mel_norms.pth",
+    "dvae_weights": "dvae.pth",
+}
+_MEL_NORMS_NAMES = ("mel_norms.safetensors", "mel_norms.pth", "mel_norms.json")
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The files a run starts from, all of them on this machine."""
+
+    gpt_weights: Path | None
+    """Autoregressive weights in any layout; None for random ones."""
+    gpt_config: Path | None
+    """config.json of the GPT; None where the sizes are read off the weights, or are the released ones."""
+    gpt_tokenizer: Path
+    """tokenizer.json the weights were made with."""
+    tokenizer: Path
+    """tokenizer.json the run uses; where it differs from `gpt_tokenizer`, text rows are mapped."""
+    mel_norms: Path
+    """Norms of the mel front end (.safetensors, .pth or .json)."""
+    dvae_weights: Path
+    """Weights of the DVAE (.safetensors or .pth)."""
+    dvae_config: Path | None
+    """config.json of the DVAE; None for the released sizes."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each file came from, in words; for the log and the training summary."""
+
+    def sha256(self, name: str) -> str:
+        """Sha256 of one of the files above, for cache keys; reads the whole file."""
+        return file_sha256(getattr(self, name))
+
+    @property
+    def dvae_is_released(self) -> bool:
+        """Whether the DVAE is TorToiSe's own, so that an export needn't carry it."""
+        return self.sha256("dvae_weights") == RELEASED["dvae.pth"].sha256
+
+
+def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpoint: str | None = None) -> BaseFiles:
+    """Find the files of a base, fetching from the release what it lacks.
+
+    Args:
+        cfg: `base`, `weights_dir` and `from_scratch` are read, and `tokenizer` where there is one.
+        cache_dir: the Hub's cache, see `fetch_released`.
+        endpoint: the Hub's address, see `fetch_released`.
+
+    Raises: UserError: if the base doesn't exist or is ambiguous, or a released file can't be had.
+    """
+    own_tokenizer = getattr(cfg, "tokenizer", None)
+    if own_tokenizer is not None:
+        TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
+    found = {} if cfg.base == RELEASED_BASE else _look_into_base(Path(cfg.base).expanduser(), cfg.from_scratch)
+    lacking = {role: name for role, name in _RELEASED_NAMES.items() if role not in found}
+    if cfg.from_scratch:
+        del lacking["gpt_weights"]
+        if own_tokenizer is not None:
+            lacking.pop("tokenizer", None)
+    names = set(lacking.values())
+    # Without weights of its own a base uses the released ones, which were made with the released tokenizer.
+    if "gpt_weights" in lacking:
+        names.add("tokenizer.json")
+    fetched = fetch_released(sorted(names), cfg.weights_dir, cache_dir=cache_dir, endpoint=endpoint)
+
+    paths = found | {role: fetched[name].path for role, name in lacking.items()}
+    if own_tokenizer is not None:
+        paths["tokenizer"] = Path(own_tokenizer)
+        lacking.pop("tokenizer", None)
+    made_with = paths["tokenizer"]
+    if "gpt_weights" in lacking:
+        made_with = fetched["tokenizer.json"].path
+    elif own_tokenizer is not None and not cfg.from_scratch:
+        made_with = found.get("tokenizer") or fetched["tokenizer.json"].path
+    origins = {role: str(path) for role, path in paths.items()}
+    for role, name in lacking.items():
+        file = fetched[name]
+        origins[role] = f"{file.origin} (sha256 {file.sha256}, compared with {file.compared_with})"
+    return BaseFiles(
+        gpt_weights=paths.get("gpt_weights"),
+        gpt_config=paths.get("gpt_config"),
+        gpt_tokenizer=made_with,
+        tokenizer=paths["tokenizer"],
+        mel_norms=paths["mel_norms"],
+        dvae_weights=paths["dvae_weights"],
+        dvae_config=paths.get("dvae_config"),
+        origins=origins,
+    )
+
+
+def _look_into_base(base: Path, from_scratch: bool) -> dict[str, Path]:
+    if base.is_file():
+        folder, weights = base.parent, base
+    elif base.is_dir():
+        folder, weights = base, _weights_in(base)
+    else:
+        raise UserError(
+            f"model.base: {base} is neither a folder nor a file; give one, or {RELEASED_BASE!r} for TorToiSe's own "
+            f"weights."
+        )
+    found: dict[str, Path] = {}
+    if weights is not None and not from_scratch:
+        found["gpt_weights"] = weights
+    config = folder / "config.json"
+    if config.is_file():
+        _read_config(config, GPTConfig)  # a wrong file is named before gigabytes are fetched
+        found["gpt_config"] = config
+        if weights is None and not from_scratch:
+            raise UserError(
+                f"model.base: {folder} holds a config.json but no weights (model.safetensors or <step>_gpt.pth); add "
+                f"them, pass --model.from_scratch true to start from random ones, or take config.json away to start "
+                f"from the released ones."
+            )
+    if (folder / "tokenizer.json").is_file():
+        found["tokenizer"] = folder / "tokenizer.json"
+    norms = next((folder / name for name in _MEL_NORMS_NAMES if (folder / name).is_file()), None)
+    if norms is not None:
+        found["mel_norms"] = norms
+    if (folder / "dvae" / "model.safetensors").is_file():
+        found["dvae_weights"] = folder / "dvae" / "model.safetensors"
+        if (folder / "dvae" / "config.json").is_file():
+            found["dvae_config"] = folder / "dvae" / "config.json"
+    elif (folder / "dvae.pth").is_file():
+        found["dvae_weights"] = folder / "dvae.pth"
+    return found
+
+
+def _weights_in(folder: Path) -> Path | None:
+    for name in ("model.safetensors", "autoregressive.pth"):
+        if (folder / name).is_file():
+            return folder / name
+    candidates = sorted(folder.glob("*_gpt.pth"))
+    if len(candidates) > 1:
+        raise UserError(
+            f"model.base: {folder} holds {len(candidates)} weights files: "
+            f"{', '.join(path.name for path in candidates)}. Name one of them as model.base."
+        )
+    return candidates[0] if candidates else None
+
+
+def _read_config(path: Path, config_class: type[Any]) -> Any:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} can't be read as JSON ({error}); expected a {config_class.model_type} config."
+        ) from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != config_class.model_type:
+        raise UserError(f"{path} describes model_type {kind!r}, expected {config_class.model_type!r}.")
+    try:
+        return config_class.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a usable {config_class.model_type} config: {error}") from error
+
+
+def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0) -> TortoiseGPT:
+    """The GPT of a base in float32 on the CPU, in evaluation mode.
+
+    Args:
+        files: from `resolve_base`. Where its two tokenizers differ, text rows are mapped and the mapping is logged.
+        from_scratch: random weights of the base's size, with text rows for `files.tokenizer`.
+        seed: of the random weights; the global random state is left as it was.
+
+    Raises: UserError: if the weights don't fill the model exactly (see `check_weights`) or can't be read.
+    """
+    if from_scratch or files.gpt_weights is None:
+        config = _read_config(files.gpt_config, GPTConfig) if files.gpt_config is not None else GPTConfig()
+        vocab_size = TextTokenizer.from_file(files.tokenizer).vocab_size
+        config.num_text_tokens = max(config.num_text_tokens, vocab_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return TortoiseGPT(config).eval()
+    config, weights = load_base_weights(files)
+    return build_gpt(config, weights)
+
+
+def load_base_weights(files: BaseFiles) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    """Size and weights the run starts from, checked, with text rows for the run's tokenizer.
+
+    The tensors keep the file's dtype and may be mapped from it instead of read.
+
+    Raises: UserError: as `load_gpt`; also where the base has no weights.
+    """
+    if files.gpt_weights is None:
+        raise UserError("The run started from random weights (model.from_scratch), so there are no base weights.")
+    weights = read_gpt_weights(files.gpt_weights)
+    if files.gpt_config is not None:
+        config = _read_config(files.gpt_config, GPTConfig)
+    else:
+        config = config_from_weights(weights, files.gpt_weights)
+    check_weights(weights, published_layout(config, attention_buffers=False), files.gpt_weights)
+    if file_sha256(files.gpt_tokenizer) == file_sha256(files.tokenizer):
+        _check_rows(files.tokenizer, config)
+        return config, weights
+    mapping = map_vocabulary(files.gpt_tokenizer, files.tokenizer, config.num_text_tokens)
+    if not mapping.is_identity:
+        logger.warning("%s: %s", files.tokenizer, mapping.summary())
+        weights = resize_text_rows(weights, mapping)
+        config.num_text_tokens = mapping.num_text_tokens
+    return config, weights
+
+
+def _check_rows(tokenizer: Path, config: GPTConfig) -> None:
+    vocab_size = TextTokenizer.from_file(tokenizer).vocab_size
+    if vocab_size > config.num_text_tokens:
+        raise UserError(
+            f"{tokenizer} has {vocab_size} text ids, but the weights hold rows for {config.num_text_tokens}; they were "
+            f"made with another tokenizer. Put that one beside the weights and pass yours as --model.tokenizer."
+        )
+
+
+def build_gpt(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> TortoiseGPT:
+    """A GPT in evaluation mode that holds copies of these weights, in float32 on the CPU; names must fit exactly."""
+    # Random initialisation would take longer than reading the file, and every value is overwritten.
+    with initialization.no_init_weights():
+        model = TortoiseGPT(config)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def load_dvae(files: BaseFiles) -> DVAE:
+    """The frozen DVAE of a base, in float32 on the CPU, in evaluation mode.
+
+    Raises: UserError: if the file doesn't fill the model exactly.
+    """
+    config = _read_config(files.dvae_config, DVAEConfig) if files.dvae_config is not None else DVAEConfig()
+    weights = read_tensors(files.dvae_weights)
+    with initialization.no_init_weights():
+        dvae = DVAE(config)
+    layout = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in dvae.state_dict().items()}
+    check_weights(weights, layout, files.dvae_weights)
+    dvae.load_state_dict(weights, strict=True)
+    return dvae.eval().requires_grad_(False)
+
+
+def load_tokenizer(files: BaseFiles) -> TextTokenizer:
+    """The tokenizer the run uses."""
+    return TextTokenizer.from_file(files.tokenizer)
+
+
+def load_mel_norms(files: BaseFiles) -> torch.Tensor:
+    """Norms of the mel front end, (80,) float32."""
+    return read_mel_norms(files.mel_norms)
