@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
@@ -44,3 +46,19 @@ def golden_gpt(dropout: float = 0.0):
     state = load_file(GOLDEN / "gpt.safetensors")
     model.load_state_dict({key[3:]: value for key, value in state.items() if key.startswith("sd.")})
     return model.eval()
+
+
+def make_config(tmp_path: Path, **settings) -> Config:
+    """A config with test-sized defaults; `section__name=value` sets one setting."""
+    sections = {"data": {"root": "x"}, "model": {}, "optim": {"learning_rate": 1e-3}, "callbacks": {}}
+    sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
+    for key, value in settings.items():
+        section, name = key.split("__")
+        sections[section][name] = value
+    return Config(
+        data=DataConfig(**sections["data"]),
+        model=ModelConfig(**sections["model"]),
+        optim=OptimConfig(**sections["optim"]),
+        training=TrainingConfig(**sections["training"]),
+        callbacks=CallbackConfig(**sections["callbacks"]),
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import GOLDEN, golden_gpt
+from conftest import GOLDEN, golden_gpt, make_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -20,7 +20,7 @@ from tortoise_hf.callbacks.checkpointing import CheckpointCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
 from tortoise_hf.checkpoint import load_checkpoint, newest_sound_checkpoint
-from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from tortoise_hf.config import Config
 from tortoise_hf.data.collate import Collator, Example
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
 from tortoise_hf.data.sampler import StepSampler
@@ -28,21 +28,6 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.loop import optimizer_step, train
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
 from tortoise_hf.run import fresh_state, mark_process, restore_callbacks
-
-
-def make_config(tmp_path: Path, **settings) -> Config:
-    sections = {"data": {"root": "x"}, "model": {}, "optim": {"learning_rate": 1e-3}, "callbacks": {}}
-    sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
-    for key, value in settings.items():
-        section, name = key.split("__")
-        sections[section][name] = value
-    return Config(
-        data=DataConfig(**sections["data"]),
-        model=ModelConfig(**sections["model"]),
-        optim=OptimConfig(**sections["optim"]),
-        training=TrainingConfig(**sections["training"]),
-        callbacks=CallbackConfig(**sections["callbacks"]),
-    )
 
 
 class RandomExamples(Dataset):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-
 from conftest import GOLDEN, golden_gpt
+
 from tortoise_hf.config import OptimConfig
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer, clip_gradients, lr_factor, parameter_groups
 

@@ -310,4 +310,3 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self.meter._excluded += time.perf_counter() - self._entered
-

@@ -57,14 +57,10 @@ def gpt_loss(
 
 
 def _sum_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def weighted_mean(
-    sums: LossSums, counts: torch.Tensor, text_weight: float, mel_weight: float
-) -> torch.Tensor:
+def weighted_mean(sums: LossSums, counts: torch.Tensor, text_weight: float, mel_weight: float) -> torch.Tensor:
     """Weighted sum of both losses, each divided by a number of targets.
 
     Args:

@@ -56,9 +56,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.T
     Returns:
         (G,) norms before clipping, one per group, on the gradients' device.
     """
-    return torch.stack(
-        [torch.nn.utils.clip_grad_norm_(group["params"], max_norm) for group in _groups(optimizer)]
-    )
+    return torch.stack([torch.nn.utils.clip_grad_norm_(group["params"], max_norm) for group in _groups(optimizer)])
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict]:

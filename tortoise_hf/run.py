@@ -94,8 +94,8 @@ def _refuse_changes(cfg: Config, record: dict[str, Any], data_fingerprint: str, 
             )
     if data_fingerprint != record["data_fingerprint"]:
         raise UserError(
-            f"{output_dir} was begun with {record['num_train_clips']:,} training clips that are not the ones found now; "
-            "the run can't go on with other clips. Bring the data back, or name another training.output_dir."
+            f"{output_dir} was begun with {record['num_train_clips']:,} training clips that are not the ones found "
+            "now; the run can't go on with other clips. Bring the data back, or name another training.output_dir."
         )
 
 

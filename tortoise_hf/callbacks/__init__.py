@@ -1,1 +1,44 @@
-"""What happens around the loop: learning-rate schedule, checkpoints, the run's log."""
+"""What happens around the loop: learning-rate schedule, checkpoints, the run's log, and transformers' own callbacks."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from tortoise_hf.callbacks.checkpointing import CheckpointCallback
+from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
+from tortoise_hf.callbacks.run_log import RunLogCallback
+from tortoise_hf.config import Config
+from tortoise_hf.errors import UserError
+
+
+def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallback]:
+    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, loggers.
+
+    Raises:
+        UserError: if TensorBoard is asked for and not installed.
+    """
+    callbacks: list[TrainerCallback] = [DefaultFlowCallback(), LRScheduleCallback()]
+    if cfg.callbacks.early_stopping_patience > 0 and cfg.training.eval_strategy != "no":
+        callbacks.append(
+            EarlyStoppingCallback(cfg.callbacks.early_stopping_patience, cfg.callbacks.early_stopping_threshold)
+        )
+    callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit), RunLogCallback()]
+    if cfg.callbacks.tensorboard:
+        callbacks.append(_tensorboard(cfg, accelerator))
+    if cfg.callbacks.progress:
+        callbacks.append(ProgressCallback())
+    return callbacks
+
+
+def _tensorboard(cfg: Config, accelerator: Accelerator) -> TensorBoardCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "callbacks.tensorboard is true, but the package tensorboard isn't installed; run pip install "
+            "'tortoise_hf[tensorboard]' or set it to false."
+        ) from error
+    # The callback would write into a folder named after date and host; curves belong to the run.
+    return TensorBoardCallback(SummaryWriter(cfg.training.logging_dir) if accelerator.is_main_process else None)

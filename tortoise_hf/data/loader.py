@@ -27,9 +27,7 @@ class _MicroBatches:
         return self.make()
 
 
-def _data_loader(
-    dataset: Dataset, micro_batches: _MicroBatches, collate: Collate, num_workers: int
-) -> DataLoader:
+def _data_loader(dataset: Dataset, micro_batches: _MicroBatches, collate: Collate, num_workers: int) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=micro_batches,
