@@ -242,6 +242,7 @@ class TortoiseGPT(PreTrainedModel):
         self.text_head = nn.Linear(width, config.text_vocabulary)
         self.mel_head = nn.Linear(width, config.mel_vocabulary)
         self.post_init()
+        self._init_residual_outputs()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The text embedding."""
@@ -252,8 +253,15 @@ class TortoiseGPT(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):  # pointwise, in the conditioning encoder
             init.normal_(module.weight, std=module.in_channels**-0.5)
-        if isinstance(module, ConditioningAttention):  # runs after its children: a fresh block adds nothing
-            init.zeros_(module.proj_out.weight)
+
+    @torch.no_grad()
+    def _init_residual_outputs(self) -> None:
+        """What `post_init` leaves out, because it passes over modules without parameters of their own."""
+        for block in self.conditioning_encoder.attn:  # a fresh block adds nothing
+            init.zeros_(block.proj_out.weight)
+        for block in self.gpt.h:  # GPT-2's scheme: two residual additions in each block
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                init.normal_(projection.weight, std=self.config.initializer_range / (2 * self.config.num_layers) ** 0.5)
 
     def encode_conditioning(self, conditioning_mel: torch.Tensor) -> torch.Tensor:
         """Encode the clips of each speaker and average over them.
@@ -323,7 +331,7 @@ class TortoiseGPT(PreTrainedModel):
         """States that predict finished codes, as the diffusion model takes them.
 
         Args:
-            text_ids: (B, n) or (1, n) ids without START and STOP; TorToiSe appends one further STOP to them.
+            text_ids: (B, n) or (1, n) ids; START and STOP are added. TorToiSe's own ids already end in one STOP here.
             mel_codes: (B, m) codes without START and STOP.
             conditioning_latent: (B, D) or (1, D).
 

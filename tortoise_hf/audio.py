@@ -1,0 +1,304 @@
+"""Audio files to waveforms, waveforms to log-mel spectrograms.
+
+There are two mel front ends because the released models were trained with two: `LogMel` (22,050 Hz) feeds the GPT's
+conditioning encoder and the DVAE, `LogMel24k` (24,000 Hz) the diffusion model and the vocoder. Their constants belong
+to the released weights; none of them is a setting.
+"""
+
+# B batch · S samples · F mel frames, S // 256 + 1
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from safetensors.torch import load_file
+from torch import nn
+
+from tortoise_hf.errors import UserError
+
+SAMPLE_RATE = 22_050
+"""Hz; what the GPT and the DVAE hear."""
+SAMPLE_RATE_24K = 24_000
+"""Hz; what the diffusion model hears and the vocoder speaks."""
+HOP_LENGTH = 256
+"""Samples from one mel frame to the next, at either rate."""
+SAMPLES_PER_CODE = 1024
+"""Samples at 22,050 Hz that one mel code stands for: four frames."""
+NUM_MEL_BINS = 80
+NUM_MEL_BINS_24K = 100
+FFT_SIZE = 1024
+MIN_MEL_SAMPLES = FFT_SIZE // 2 + 1
+"""Shortest waveform with a mel spectrogram: its ends are mirrored by half a window."""
+LOG_FLOOR = 1e-5
+"""Mel energies below this count as this, which makes silence ``log(1e-5)``."""
+MEL_24K_RANGE = (-11.512925148010254, 2.3143386840820312)
+"""Log-mel values the diffusion model's -1 and 1 stand for: silence, and the loudest its training data had."""
+
+UNKNOWN_WAV_LENGTH = 0x7FFFF000
+"""WAV writers that can't go back to fill in the length leave this or more (sox, ffmpeg, arecord)."""
+UNKNOWN_FRAMES = 1 << 62
+"""libsndfile's frame counts from here on mean that the header doesn't tell."""
+MAX_RESAMPLE_KERNEL = 50_000_000
+"""Filter taps (200 MB) above which a sample rate is too unrelated to ours for torchaudio's resampler."""
+
+
+class AudioError(UserError):
+    """An audio file that can't be used.
+
+    Attributes:
+        reason: ``unreadable`` (not audio, or damaged), ``truncated`` (the file ends before its header says),
+            ``non_finite`` (NaN or infinite samples) or ``empty`` (no samples).
+        detail: what was found, without the file's name.
+    """
+
+    def __init__(self, reason: str, detail: str, name: str = "audio") -> None:
+        super().__init__(f"{name}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def decode_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
+    """Decode a WAV, FLAC, OGG or MP3 file, whole.
+
+    Integer samples are divided by their full scale (32,768 for 16 bits), float samples are taken as they are.
+
+    Args:
+        source: a path, or the file's bytes.
+
+    Returns: (channels, S) float32 samples and the sample rate in Hz.
+    Raises: AudioError: if it isn't audio, ends too early, has no samples, or has samples that aren't numbers.
+    """
+    name = "audio" if isinstance(source, bytes) else str(source)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise AudioError("unreadable", f"can't be read ({error.strerror})", name) from error
+    if not data:
+        raise AudioError("empty", "the file has 0 bytes", name)
+    missing = _missing_bytes(data)
+    try:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except soundfile.SoundFileError as error:
+        if missing:
+            raise AudioError("truncated", missing, name) from error
+        raise AudioError("unreadable", f"isn't audio that can be decoded ({_reason(error)})", name) from error
+    if missing:
+        raise AudioError("truncated", missing, name)
+    with file:
+        samples = _read(file, data, name)
+        sample_rate = file.samplerate
+    if not samples.shape[1]:
+        raise AudioError("empty", "the file has no samples", name)
+    if not np.isfinite(samples).all():
+        bad = int(np.count_nonzero(~np.isfinite(samples)))
+        raise AudioError("non_finite", f"{bad:,} samples are NaN or infinite", name)
+    return samples, sample_rate
+
+
+def load_waveform(source: str | Path | bytes, sample_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Decode a file to mono at the rate asked for.
+
+    Of several channels the first is taken, not their mean, as TorToiSe's own training did. Nothing is trimmed and the
+    loudness stays as it is.
+
+    Returns: (S,) float32 in [-1, 1].
+    Raises: AudioError: as `decode_audio`, or if the file's sample rate can't be converted.
+    """
+    samples, source_rate = decode_audio(source)
+    common = math.gcd(source_rate, sample_rate)
+    if source_rate // common * (sample_rate // common) > MAX_RESAMPLE_KERNEL:
+        name = "audio" if isinstance(source, bytes) else str(source)
+        detail = f"its sample rate of {source_rate:,} Hz can't be converted to {sample_rate:,} Hz; save it at 44,100 Hz"
+        raise AudioError("unreadable", detail, name)
+    return resample(torch.from_numpy(samples[0].copy()), source_rate, sample_rate).clamp_(-1, 1)
+
+
+def resample(waveform: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
+    """(..., S) samples at `from_rate` Hz to `to_rate` Hz with torchaudio's defaults, the resampler of all caches."""
+    return torchaudio.functional.resample(waveform, from_rate, to_rate)
+
+
+def num_codes(num_samples: int) -> int:
+    """Mel codes a clip of so many samples at 22,050 Hz keeps: one for each 1,024 it fills, and one for the rest."""
+    return num_samples // SAMPLES_PER_CODE + 1
+
+
+class LogMel(nn.Module):
+    """Log-mel of 22,050 Hz audio: 80 bins to 8 kHz on the HTK scale, of the power spectrum.
+
+    The constants are TorToiSe's. With norms the logarithms are divided by them, which flips the sign (norms are
+    negative) and brings each bin near 1.
+
+    Args:
+        norms: (80,) divisors, `load_mel_norms`; None leaves the logarithms as they are.
+    """
+
+    def __init__(self, norms: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.spectrogram = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLE_RATE,
+            n_fft=FFT_SIZE,
+            hop_length=HOP_LENGTH,
+            f_max=8000.0,
+            n_mels=NUM_MEL_BINS,
+            power=2.0,
+            norm="slaney",
+            mel_scale="htk",
+        )
+        self.register_buffer("norms", torch.ones(NUM_MEL_BINS) if norms is None else norms.detach().float().clone())
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Spectrogram of waveforms.
+
+        Args:
+            waveform: (B, S), or (S,) which counts as a batch of one; in [-1, 1].
+
+        Returns: (B, 80, F) float32.
+        Raises: ValueError: if S is below 513.
+        """
+        return _log_mel(self.spectrogram, waveform) / self.norms.unsqueeze(1)
+
+    @property
+    def silence(self) -> torch.Tensor:
+        """(80,) what a frame of digital silence looks like."""
+        return silent_frame(self.norms)
+
+
+class LogMel24k(nn.Module):
+    """Log-mel of 24,000 Hz audio: 100 bins to 12 kHz on the Slaney scale, of the magnitude spectrum. Not normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrogram = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLE_RATE_24K,
+            n_fft=FFT_SIZE,
+            hop_length=HOP_LENGTH,
+            f_max=12000.0,
+            n_mels=NUM_MEL_BINS_24K,
+            power=1.0,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+
+    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Spectrogram of waveforms: (B, S) or (S,) to (B, 100, F) float32; samples are clamped to [-1, 1].
+
+        Raises: ValueError: if S is below 513.
+        """
+        return _log_mel(self.spectrogram, waveform.clamp(-1, 1))
+
+
+def normalize_mel_24k(mel: torch.Tensor) -> torch.Tensor:
+    """`LogMel24k`'s output to the range the diffusion model predicts, about [-1, 1]."""
+    low, high = MEL_24K_RANGE
+    return 2 * (mel - low) / (high - low) - 1
+
+
+def denormalize_mel_24k(mel: torch.Tensor) -> torch.Tensor:
+    """Undo `normalize_mel_24k`."""
+    low, high = MEL_24K_RANGE
+    return (mel + 1) / 2 * (high - low) + low
+
+
+def silent_frame(norms: torch.Tensor) -> torch.Tensor:
+    """(80,) normalised mel values of digital silence; a clip that is too short is filled up with them."""
+    return math.log(LOG_FLOOR) / norms
+
+
+def load_mel_norms(path: str | Path) -> torch.Tensor:
+    """Read the per-bin divisors of `LogMel`.
+
+    Args:
+        path: ``.safetensors`` with a tensor ``mel_norms``, ``.pth`` with the bare tensor, or ``.json`` with a list.
+
+    Returns: (80,) float32.
+    Raises: UserError: if the file holds anything but 80 finite numbers other than 0.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            norms = load_file(path)["mel_norms"]
+        elif path.suffix == ".json":
+            norms = torch.tensor(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            norms = torch.load(path, map_location="cpu", weights_only=True)
+        norms = norms.float()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; it should hold the {NUM_MEL_BINS} mel norms.") from None
+    except Exception as error:  # what a damaged file raises differs from reader to reader
+        raise UserError(f"{path}: can't be read as mel norms ({_reason(error)}); get it again.") from error
+    if norms.shape != (NUM_MEL_BINS,) or not norms.isfinite().all() or not norms.all():
+        found = f"shape {tuple(norms.shape)}" if norms.shape != (NUM_MEL_BINS,) else "NaN, infinite or zero values"
+        raise UserError(f"{path}: mel norms must be {NUM_MEL_BINS} finite numbers other than 0, found {found}.")
+    return norms
+
+
+def _log_mel(spectrogram: nn.Module, waveform: torch.Tensor) -> torch.Tensor:
+    """Logarithm of a mel spectrogram, (B, S) or (S,) to (B, bins, F), in float32 under autocast too."""
+    if waveform.shape[-1] < MIN_MEL_SAMPLES:
+        raise ValueError(f"a mel spectrogram takes at least {MIN_MEL_SAMPLES} samples, got {waveform.shape[-1]}")
+    waveform = waveform.float()
+    with torch.autocast(waveform.device.type, enabled=False):
+        return spectrogram(waveform if waveform.dim() == 2 else waveform.unsqueeze(0)).clamp(min=LOG_FLOOR).log()
+
+
+def _read(file: soundfile.SoundFile, data: bytes, name: str) -> np.ndarray:
+    """All samples of an opened file, (channels, S); fewer than its header promises is an error."""
+    expected = file.frames if file.frames < UNKNOWN_FRAMES else 0
+    if file.format in ("MP3", "MPEG") and not _mp3_tells_its_length(data):
+        expected = 0  # libsndfile's count is then a guess from the first frame's bit rate
+    try:
+        samples = file.read(dtype="float32", always_2d=True).T
+    except soundfile.SoundFileError as error:
+        if not expected:
+            raise AudioError("unreadable", f"is damaged ({_reason(error)})", name) from error
+        detail = f"its header promises {expected:,} samples, decoding them failed ({_reason(error)})"
+        raise AudioError("truncated", detail, name) from error
+    if samples.shape[1] < expected:
+        detail = f"its header promises {expected:,} samples, {samples.shape[1]:,} are there"
+        raise AudioError("truncated", detail, name)
+    return np.ascontiguousarray(samples)
+
+
+def _missing_bytes(data: bytes) -> str:
+    """Say what a WAV or OGG file lacks at its end, where libsndfile would silently return less; "" if nothing."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        position = 12
+        while position + 8 <= len(data):
+            chunk, size = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
+            position += 8
+            if chunk == b"data":
+                there = len(data) - position
+                if there < size < UNKNOWN_WAV_LENGTH:
+                    return f"its header promises {size:,} bytes of samples, {there:,} are there"
+                return ""
+            position += size + size % 2
+    elif data[:4] == b"OggS":
+        page = data.rfind(b"OggS")
+        segments = data[page + 27 : page + 27 + data[page + 26]] if page + 27 <= len(data) else b""
+        complete = page + 27 <= len(data) and len(segments) == data[page + 26]
+        if not complete or page + 27 + len(segments) + sum(segments) > len(data):
+            return "its last page is cut off"
+    return ""
+
+
+def _mp3_tells_its_length(data: bytes) -> bool:
+    """Whether the first MP3 frame, behind the tags, is one that holds the number of frames."""
+    start = 0
+    if data[:3] == b"ID3" and len(data) >= 10:
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    return any(mark in data[start : start + 256] for mark in (b"Xing", b"Info"))
+
+
+def _reason(error: Exception) -> str:
+    """The library's own words on one line, less its mention of the buffer we read from."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split("object at", 1)[-1].split(": ", 1)[-1].rstrip(".")
