@@ -76,7 +76,8 @@ def train(
     control = events.on_train_begin(args, state, TrainerControl())
     meter = Meter(accelerator, cfg)
     skipped_steps = 0
-    last_evaluated = state.global_step
+    # A run interrupted after a save and before the evaluation of the same step still owes that evaluation.
+    last_evaluated = max((entry["step"] for entry in state.log_history if "eval_loss" in entry), default=-1)
 
     def answer(control: TrainerControl, log: bool = False) -> TrainerControl:
         """Do what callbacks asked for: log, evaluate, save; in this order."""

@@ -7,6 +7,7 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCal
 from transformers.integrations import TensorBoardCallback
 
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
+from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
 from tortoise_hf.config import Config
@@ -14,7 +15,7 @@ from tortoise_hf.errors import UserError
 
 
 def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallback]:
-    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, loggers.
+    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, interrupt, loggers.
 
     Raises:
         UserError: if TensorBoard is asked for and not installed.
@@ -25,6 +26,7 @@ def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallba
             EarlyStoppingCallback(cfg.callbacks.early_stopping_patience, cfg.callbacks.early_stopping_threshold)
         )
     callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit), RunLogCallback()]
+    callbacks.append(InterruptCallback(accelerator))
     if cfg.callbacks.tensorboard:
         callbacks.append(_tensorboard(cfg, accelerator))
     if cfg.callbacks.progress:

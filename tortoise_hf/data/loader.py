@@ -7,12 +7,22 @@ in the run is a step number, so resuming in the middle of an epoch needs no repl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tortoise_hf.data.collate import Batch
-from tortoise_hf.data.sampler import Draw, StepSampler
+from tortoise_hf.config import Config
+from tortoise_hf.data.collate import Batch, Collator, ExampleDataset
+from tortoise_hf.data.conditioning import ConditioningDraws
+from tortoise_hf.data.sampler import Draw, StepSampler, count_positions
+
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import Accelerator
+
+    from tortoise_hf.models.gpt import GPTConfig
 
 Collate = Callable[[list], Batch]
 
@@ -85,3 +95,58 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         """Collated micro-batches."""
         return iter(_data_loader(self.dataset, _MicroBatches(lambda: iter(self.plan)), self.collate, self.num_workers))
+
+
+def build_batches(
+    cfg: Config,
+    accelerator: Accelerator,
+    train_examples: datasets.Dataset,
+    eval_examples: datasets.Dataset,
+    mel_norms: torch.Tensor,
+    gpt: GPTConfig,
+) -> tuple[TrainBatches, EvalBatches]:
+    """This process's micro-batches for training and evaluation.
+
+    Args:
+        cfg: the experiment.
+        accelerator: how many processes there are and which one this is.
+        train_examples: prepared examples, at least one.
+        eval_examples: prepared examples, perhaps none; they may be conditioned on training clips.
+        mel_norms: (80,) norms of the mel front end; silence in conditioning clips follows from them.
+        gpt: sizes and ids of the model.
+    """
+    data, training = cfg.data, cfg.training
+    collate = Collator.for_model(gpt, data.padding)
+    processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+
+    def dataset_of(examples: datasets.Dataset, pool: datasets.Dataset | None, seed: int) -> ExampleDataset:
+        draws = ConditioningDraws(
+            examples, mel_norms, data.num_conditioning_clips, data.conditioning_seconds, seed, pool
+        )
+        return ExampleDataset(examples, draws)
+
+    train_batches = TrainBatches(
+        dataset_of(train_examples, None, training.seed),
+        StepSampler(
+            row_lengths(train_examples), training.batch_size, training.micro_batch_size, seed=training.seed, **processes
+        ),
+        collate,
+        data.num_workers,
+    )
+    if len(eval_examples) == 0:
+        return train_batches, EvalBatches(train_batches.dataset, None, collate)
+    lengths = row_lengths(eval_examples)
+    eval_batches = EvalBatches(
+        # A fixed seed: evaluations of different runs on the same clips hear the same conditioning.
+        dataset_of(eval_examples, train_examples, seed=0),
+        StepSampler(lengths, len(lengths), training.eval_batch_size, **processes),
+        collate,
+        data.num_workers,
+    )
+    return train_batches, eval_batches
+
+
+def row_lengths(examples: datasets.Dataset) -> np.ndarray:
+    """(N,) positions of each example's row; reads two small columns only."""
+    num_text_ids = np.array([len(ids) for ids in examples["text_ids"]])
+    return count_positions(num_text_ids, np.array(examples["num_samples"]))

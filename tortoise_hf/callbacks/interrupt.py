@@ -1,0 +1,82 @@
+"""Ctrl-C and SIGTERM end a run after the step in hand, with everything saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+PATIENCE_SECONDS = 1.0
+"""A launcher passes the user's Ctrl-C on as a SIGTERM of its own; only a signal later than this counts as a second
+one."""
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """A run was stopped by a signal after its last step was saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        """Remember which signal it was."""
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+        """130 for SIGINT, 143 for SIGTERM, as shells count."""
+
+
+class InterruptCallback(TrainerCallback):
+    """Save after the step in which a signal came, then raise `Interrupted`; a second signal ends the process at once.
+
+    Stands behind `CheckpointCallback` in the list, so the checkpoint is complete when the exception leaves the loop.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Processes agree on stopping through `accelerator`."""
+        self.accelerator = accelerator
+        self.received = 0
+        self.received_at = 0.0
+        self.stopping = 0
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the two signals; only a main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for a save if any process got a signal."""
+        self.stopping = self.received
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(self.received, device=self.accelerator.device)
+            self.stopping = int(self.accelerator.gather(flag).max())
+        if self.stopping:
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is on disk: leave."""
+        if self.stopping:
+            self.give_signals_back()
+            raise Interrupted(self.stopping)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signals back."""
+        self.give_signals_back()
+
+    def give_signals_back(self) -> None:
+        """Restore the handlers found at the start."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received and time.monotonic() - self.received_at > PATIENCE_SECONDS:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.received_at = number, time.monotonic()
+            if self.accelerator.is_main_process:
+                print("\nFinishing this step, then saving. Press Ctrl-C once more to leave at once.", flush=True)
