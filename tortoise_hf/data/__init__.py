@@ -1,0 +1,1 @@
+"""From a folder of recordings to batches: read, check, split, cache, sample, collate."""
