@@ -272,10 +272,11 @@ def _logits(model: TortoiseGPT) -> torch.Tensor:
 
 
 def _on_cpu(model: TortoiseGPT) -> TortoiseGPT:
-    """The model itself if it is float32 on the CPU, else a copy that is."""
-    if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters()):
+    """The model itself if it is float32 on the CPU and holds no compiled parts, else a copy like that."""
+    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in model.state_dict().items()}
+    plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in state.values())
+    if plain and state.keys() == model.state_dict().keys():
         return model.eval()
-    state = {key.replace("_orig_mod.", ""): tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     return build_gpt(model.config, state)
 
 

@@ -81,13 +81,13 @@ def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpo
     """Find the files of a base, fetching from the release what it lacks.
 
     Args:
-        cfg: `base`, `weights_dir` and `from_scratch` are read, and `tokenizer` where there is one.
+        cfg: `base`, `weights_dir`, `tokenizer` and `from_scratch` are read.
         cache_dir: the Hub's cache, see `fetch_released`.
         endpoint: the Hub's address, see `fetch_released`.
 
     Raises: UserError: if the base doesn't exist or is ambiguous, or a released file can't be had.
     """
-    own_tokenizer = getattr(cfg, "tokenizer", None)
+    own_tokenizer = cfg.tokenizer
     if own_tokenizer is not None:
         TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
     found = {} if cfg.base == RELEASED_BASE else _look_into_base(Path(cfg.base).expanduser(), cfg.from_scratch)
