@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -393,3 +394,55 @@ def test_the_demo_voice_is_read(repository):
     raw = read_rows(DataConfig(root=str(repository / "examples" / "demo_voice")))
     assert len(raw.train) >= 60
     assert set(raw.train["problem"]) == {""}
+
+
+def test_commas_divide_columns_only_under_a_header_and_quotes_are_checked(root):
+    (root / "metadata.csv").write_text(
+        'file_name,text\nLJ001-0001.wav,"one\n2, ""three"""\nLJ001-0002.wav,four, five\n'
+    )
+    rows = read(root).train
+    assert rows["text"] == ['one\n2, "three"', "four,five"]
+    assert rows["row"] == [2, 4]
+    assert rows["problem"] == ["", "malformed"]
+    (root / "metadata.csv").write_text('file_name,text\nLJ001-0001.wav,"one\nLJ001-0002.wav,two\n')
+    with pytest.raises(UserError, match=r"line 2 can't be cut at its commas"):
+        read(root)
+
+
+def test_random_damage_never_ends_in_a_traceback(root):
+    write_list(root / "metadata.csv", "wavs/{id}.wav|{text}")
+    whole = (root / "metadata.csv").read_bytes()
+    pieces = [
+        b"|",
+        b"\t",
+        b"\n",
+        b"\r",
+        b"\0",
+        b"..",
+        b"/",
+        b"\\",
+        b"\xff",
+        b'"',
+        b"~",
+        b" ",
+        b"\xe2\x80\xa8",
+        b"x" * 300,
+    ]
+    draw = random.Random(0)
+    read_whole = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 6)):
+            place = draw.randrange(len(data))
+            data[place : place + draw.randrange(3)] = draw.choice(pieces)
+        (root / "metadata.csv").write_bytes(bytes(data))
+        try:
+            rows = read(root).train
+        except UserError:
+            continue
+        read_whole += 1
+        for row in rows:
+            assert bool(row["audio_path"]) != bool(row["problem"])
+            assert bool(row["detail"]) == bool(row["problem"])
+            assert row["problem"] in ("", "malformed", "missing_file", "outside_folder")
+    assert read_whole > 50

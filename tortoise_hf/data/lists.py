@@ -135,7 +135,7 @@ def _split_table(path: Path) -> _Table:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     separator = _separator(path, lines)
     if separator == ",":
-        rows = _split_commas(text)
+        rows = _split_commas(path, text)
     else:
         rows = [(number, [field.strip() for field in line.split(separator)]) for number, line in lines]
     header = None
@@ -165,14 +165,20 @@ def _separator(path: Path, lines: list[tuple[int, str]]) -> str:
     return "\t" if with_tab > with_bar else "|"
 
 
-def _split_commas(text: str) -> list[tuple[int, list[str]]]:
+def _split_commas(path: Path, text: str) -> list[tuple[int, list[str]]]:
     # Here, and only here, quotes have a meaning: without them a transcript couldn't hold a comma.
     rows, start = [], 1
-    reader = csv.reader(io.StringIO(text))
-    for fields in reader:
-        if any(field.strip() for field in fields):
-            rows.append((start, [field.strip() for field in fields]))
-        start = reader.line_num + 1
+    reader = csv.reader(io.StringIO(text), strict=True)
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                rows.append((start, [field.strip() for field in fields]))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path} line {start} can't be cut at its commas ({error}); put \" around a text that holds commas, and "
+            'write a " inside such a text twice.'
+        ) from error
     return rows
 
 
@@ -246,6 +252,8 @@ def _read_line(
 
     if len(fields) == num_columns:
         detail = "" if field(audio) else f"line {number} names no clip; write its id or path in column {audio + 1}"
+        if "\0" in field(audio):
+            detail = f"line {number} holds a zero byte, which no path can"
         return ListLine(number, field(audio), field(text), field(speaker), detail)
     shown = {"\t": "tabs", ",": "commas"}.get(table.separator, '"|"')
     advice = f"remove the surplus {shown} from the transcript" if len(fields) > num_columns else "add what is missing"

@@ -31,6 +31,16 @@ def read_rows(cfg: DataConfig) -> RawData:
     Raises:
         UserError: if the place doesn't exist, holds no list, or a list can't be read as a whole.
     """
+    try:
+        return _read_place(cfg)
+    except OSError as error:
+        where = error.filename or cfg.root
+        raise UserError(
+            f"data.root: {where} can't be read ({error.strerror or error}); check its permissions and the disk."
+        ) from error
+
+
+def _read_place(cfg: DataConfig) -> RawData:
     place = Path(cfg.root).expanduser()
     if place.is_dir():
         root, train_list = place, cfg.train_list
