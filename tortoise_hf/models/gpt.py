@@ -205,6 +205,8 @@ class GPT2Stack(GPT2Model):
             attn_pdrop=config.dropout,
             resid_pdrop=config.dropout,
             initializer_range=config.initializer_range,
+            bos_token_id=None,  # it has no vocabulary of its own
+            eos_token_id=None,
             tie_word_embeddings=False,
             use_cache=False,
             attn_implementation=config._attn_implementation,
