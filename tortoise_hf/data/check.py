@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NoReturn
 
 from tortoise_hf.errors import UserError
 
@@ -141,13 +142,18 @@ class DatasetReport:
         Raises:
             UserError: with the commonest reasons.
         """
-        if self.total == self.num_dropped == 0:
-            raise UserError(f"{self.source} lists no clips; expected at least one row with a recording and its text.")
-        if self.num_dropped < self.total:
-            return
+        if self.num_dropped == self.total:
+            self.refuse(f"none of the {self.total:,} clips can be used" if self.total else "there is no clip in it")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Stop because too many rows were left out.
+
+        Raises:
+            UserError: with the commonest reasons and what to do about the first.
+        """
+        if not self.dropped:
+            raise UserError(f"{self.source}: {what}. A list needs at least one line with a recording and its text.")
         reasons = sorted(self.dropped, key=lambda reason: -len(self.dropped[reason]))
         counts = ", ".join(f"{len(self.dropped[reason]):,} {reason}" for reason in reasons[:3])
         first = self.describe(self.dropped[reasons[0]][0]).rstrip(".")
-        raise UserError(
-            f"{self.source}: none of the {self.total:,} clips can be used ({counts}; {first}). {ADVICE[reasons[0]]}"
-        )
+        raise UserError(f"{self.source}: {what} ({counts}; {first}). {ADVICE[reasons[0]]}")

@@ -63,6 +63,7 @@ def prepare_dataset(
     dvae_fingerprint: str,
     device: str | torch.device = "cpu",
     show_progress: bool = True,
+    raw: RawData | None = None,
 ) -> Prepared:
     """Read, check, encode and split a dataset; what was encoded before is taken from the cache.
 
@@ -75,19 +76,22 @@ def prepare_dataset(
         dvae_fingerprint: sha256 of the DVAE's weights.
         device: where to encode; anything but the CPU does it in one process.
         show_progress: show progress bars.
+        raw: the rows, if they have been read already.
 
     Raises:
         UserError: if the data can't be read, no clip is usable, or a file is missing and `cfg.missing` is error.
     """
-    raw = read_rows(cfg)
+    raw = raw or read_rows(cfg)
     rows = _Rows(raw)
     if cfg.missing == "error":
         rows.refuse_missing_files()
     rows.drop_what_the_reader_marked()
     texts = _encode_texts(rows, cfg, tokenizer, show_progress)
     rows.drop_texts(texts, cfg.max_text_ids)
-    clips = _encode_clips(rows, cfg, mel_norms, dvae, dvae_fingerprint, device, show_progress)
-    rows.drop_clips(clips, cfg)
+    min_samples = math.ceil(cfg.min_seconds * SAMPLE_RATE - 1e-6)  # 0.6 s are 13 230 samples, not 13 231
+    encoder = ClipEncoder(dvae, mel_norms, min_samples, cfg.max_samples, device)
+    clips = _encode_clips(rows, cfg, encoder, dvae_fingerprint, show_progress)
+    rows.drop_clips(clips, min_samples, cfg.max_samples)
     rows.report.require_kept()
     return _finish(rows, raw, cfg, texts, clips)
 
@@ -157,24 +161,25 @@ class _Rows:
             elif lengths[record] > max_text_ids:
                 self.drop(row, "too_many_text_ids", f"{lengths[record]} text ids, at most {max_text_ids} are kept")
 
-    def drop_clips(self, clips: Found, cfg: DataConfig) -> None:
+    def drop_clips(self, clips: Found, min_samples: int, max_samples: int) -> None:
         kept = self.kept()
         if clips.records is not None:
             table = clips.records.data
             statuses, details = table.column("status").to_pylist(), table.column("detail").to_pylist()
-            seconds = table.column("num_samples").to_numpy() / SAMPLE_RATE
+            num_samples = table.column("num_samples").to_numpy()
         for row, record in zip(kept, clips.rows[kept], strict=True):
             path = self.paths[row]
             if record < 0:
                 self.drop(row, "unreadable", f"{path} {_why_unreadable(path)}")
-            elif statuses[record] == "skipped" and seconds[record] < cfg.min_seconds:
-                self.drop(row, "too_short", f"{seconds[record]:.2f} s, at least {cfg.min_seconds:g} s are kept")
-            elif statuses[record] == "skipped":
-                most = cfg.max_samples / SAMPLE_RATE
-                self.drop(row, "too_long", f"{seconds[record]:.2f} s, at most {most:.2f} s are kept")
-            elif statuses[record] != "ok":
+            elif statuses[record] not in ("ok", "skipped"):
                 reason = "unreadable" if statuses[record] == "empty" else statuses[record]
                 self.drop(row, reason, f"{path}: {details[record]}")
+            elif num_samples[record] < min_samples:
+                found, least = num_samples[record] / SAMPLE_RATE, min_samples / SAMPLE_RATE
+                self.drop(row, "too_short", f"{found:.2f} s, at least {least:.2f} s are kept")
+            elif num_samples[record] > max_samples:
+                found, most = num_samples[record] / SAMPLE_RATE, max_samples / SAMPLE_RATE
+                self.drop(row, "too_long", f"{found:.2f} s, at most {most:.2f} s are kept")
 
 
 def _encode_texts(rows: _Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_progress: bool) -> Found:
@@ -199,32 +204,24 @@ def _encode_texts(rows: _Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_p
 
 
 def _encode_clips(
-    rows: _Rows,
-    cfg: DataConfig,
-    mel_norms: torch.Tensor,
-    dvae: DVAE | Callable[[], DVAE],
-    dvae_fingerprint: str,
-    device: str | torch.device,
-    show_progress: bool,
+    rows: _Rows, cfg: DataConfig, encoder: ClipEncoder, dvae_fingerprint: str, show_progress: bool
 ) -> Found:
     """Clip records of all rows (-1 for rows that are out already, and for files that can't be opened)."""
     settings = {
         "version": CLIPS_VERSION,
         "dvae": dvae_fingerprint,
-        "mel_norms": make_key(mel_norms.detach().cpu().float().numpy().tobytes().hex()),
+        "mel_norms": make_key(encoder.mel_norms.float().numpy().tobytes().hex()),
         "resampler": RESAMPLER,
         "root": cfg.root,
     }
     store = ShardStore(Path(cfg.cache_dir) / "clips" / make_key(*settings.values()), CLIP_FEATURES)
-    min_samples = math.ceil(cfg.min_seconds * SAMPLE_RATE - 1e-6)
-    encoder = ClipEncoder(dvae, mel_norms, min_samples, cfg.max_samples, device)
     keys = [_key_or_none(rows.paths[row]) if alive else "" for row, alive in enumerate(rows.alive)]
     found = _find_clips(store, encoder, keys)
     missing = {keys[row]: rows.paths[row] for row in rows.kept() if keys[row] and found.rows[row] < 0}
     if missing:
         store.folder.mkdir(parents=True, exist_ok=True)
         (store.folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        num_proc = cfg.num_proc if torch.device(device).type == "cpu" else 1
+        num_proc = cfg.num_proc if torch.device(encoder.device).type == "cpu" else 1
         fill(
             store,
             list(missing),
@@ -291,9 +288,7 @@ def _finish(rows: _Rows, raw: RawData, cfg: DataConfig, texts: Found, clips: Fou
     report.count_kept(seconds, speakers)
     report.num_train, report.num_eval = len(train), len(held_out)
     if report.num_train == 0:
-        raise UserError(
-            f"{report.source}: only evaluation clips can be used, none is left to train on.\n{report.summary()}"
-        )
+        report.refuse("none is left to train on, only clips of the evaluation list")
     report.num_self_conditioned = _count_lonely([speakers[i] for i in train], [speakers[i] for i in held_out])
     _warn_of_small_sets(report)
     return Prepared(examples.select(train), examples.select(held_out), report)
