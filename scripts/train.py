@@ -8,6 +8,7 @@ a flag as well: `--optim.learning_rate 2e-5`. Running the same command again goe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from tortoise_hf.cli import load_config, run
@@ -22,22 +23,52 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fine_tune(cfg: Config) -> None:
     """The whole run, step by step. Torch loads only here, so `--help` and a mistyped flag answer at once."""
-    import time
-
-    from tortoise_hf.data.prepare import prepare_dataset
-
+    from tortoise_hf.callbacks import build_callbacks
+    from tortoise_hf.data.loader import build_batches
+    from tortoise_hf.loop import train
     from tortoise_hf.machine import describe, start_accelerator
-    from tortoise_hf.models.pretrained import resolve_base
+    from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
+    from tortoise_hf.optim import build_lr_scheduler, build_optimizer
+    from tortoise_hf.preparation import prepare_base_and_data
+    from tortoise_hf.run import check_run_folder, fingerprint, finish_run, open_run, start_or_resume
+    from tortoise_hf.summary import REPORT_NAME, closing_lines, opening_lines
 
     started = time.perf_counter()
+    check_run_folder(cfg)
     accelerator = start_accelerator(cfg.training.seed)
     accelerator.print(describe(accelerator))
 
-    # The main process fetches and prepares; the others then find everything cached.
+    # The main process unpacks, fetches and prepares; the others then find everything cached.
     with accelerator.main_process_first():
-        files = resolve_base(cfg.model)
-        prepared = prepare_dataset(cfg.data, files, device=accelerator.device)
-    accelerator.print(prepared.report.summary())
+        files, data = prepare_base_and_data(cfg, accelerator)
+    accelerator.print(data.report.summary())
+
+    model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
+    if cfg.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    batches, eval_batches = build_batches(
+        cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config
+    )
+    data_fingerprint = fingerprint(data.train["clip_id"], data.train["num_samples"])
+    run_folder = open_run(cfg, accelerator, data_fingerprint, len(data.train), batches.steps_per_epoch)
+    if accelerator.is_main_process:
+        (run_folder.output_dir / REPORT_NAME).write_text(data.report.to_json(), encoding="utf-8")
+        print(opening_lines(cfg, run_folder, model, batches, accelerator.num_processes))
+
+    model.to(accelerator.device)
+    optimizer = build_optimizer(model, cfg.optim)
+    lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    callbacks = build_callbacks(cfg, accelerator)
+
+    state = start_or_resume(cfg, run_folder, accelerator, model, optimizer, lr_scheduler, callbacks)
+    if run_folder.finished_step is None:
+        state = train(cfg, accelerator, model, optimizer, lr_scheduler, batches, eval_batches, callbacks, state)
+    if accelerator.is_main_process:
+        report = finish_run(cfg, run_folder, files, state)
+        print(closing_lines(cfg, run_folder, state, report, time.perf_counter() - started))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

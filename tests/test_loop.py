@@ -19,7 +19,7 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, TrainerCall
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
-from tortoise_hf.checkpoint import load_checkpoint, newest_sound_checkpoint
+from tortoise_hf.checkpoint import newest_sound_checkpoint, restore_callbacks
 from tortoise_hf.config import Config
 from tortoise_hf.data.collate import Collator, Example
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
@@ -27,7 +27,7 @@ from tortoise_hf.data.sampler import StepSampler
 from tortoise_hf.errors import UserError
 from tortoise_hf.loop import optimizer_step, train
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-from tortoise_hf.run import fresh_state, mark_process, restore_callbacks
+from tortoise_hf.run import Run, start_or_resume
 
 
 class RandomExamples(Dataset):
@@ -79,12 +79,10 @@ def run_training(cfg, num_clips=10, max_steps=6, extra=(), resume=False, model=N
         RunLogCallback(),
         *extra,
     ]
-    state = fresh_state(cfg, accelerator, max_steps)
-    if resume:
-        checkpoint = newest_sound_checkpoint(Path(cfg.training.output_dir))
-        state = load_checkpoint(checkpoint, accelerator, model, optimizer, scheduler)
-        mark_process(state, cfg, accelerator, max_steps)
-        restore_callbacks(state, callbacks)
+    output_dir = Path(cfg.training.output_dir)
+    checkpoint = newest_sound_checkpoint(output_dir) if resume else None
+    run = Run(output_dir, max_steps, "data", num_clips, checkpoint, None)
+    state = start_or_resume(cfg, run, accelerator, model, optimizer, scheduler, callbacks)
     state = train(cfg, accelerator, model, optimizer, scheduler, train_batches, eval_batches, callbacks, state)
     return state, model
 

@@ -1,37 +1,60 @@
-from pathlib import Path
+import dataclasses
 
 import pytest
-from conftest import make_config
+from accelerate import Accelerator
+from conftest import golden_gpt, make_config
+from transformers import TrainerState
 
+from tortoise_hf.checkpoint import save_checkpoint
+from tortoise_hf.config import OptimConfig
 from tortoise_hf.errors import UserError
-from tortoise_hf.run import Run, fingerprint, open_run, write_run
+from tortoise_hf.optim import build_lr_scheduler, build_optimizer
+from tortoise_hf.run import check_run_folder, fingerprint, open_run, write_record
 
 
-def begin(cfg, data="abc", finished_step=None):
-    run = Run(Path(cfg.training.output_dir), None, None)
-    write_run(run, cfg, data, 10, max_steps=100, finished_step=finished_step)
+def open_it(cfg, data="abc", steps_per_epoch=5):
+    check_run_folder(cfg)
+    return open_run(cfg, Accelerator(cpu=True), data, 10, steps_per_epoch)
+
+
+def finish(cfg, run, step):
+    model = golden_gpt()
+    optimizer = build_optimizer(model, OptimConfig())
+    scheduler = build_lr_scheduler(optimizer, OptimConfig(), 10)
+    save_checkpoint(run.output_dir, Accelerator(cpu=True), model, optimizer, scheduler, TrainerState(global_step=step))
+    write_record(dataclasses.replace(run, finished_step=step), cfg)
 
 
 def test_a_new_folder_begins_a_run(tmp_path):
     cfg = make_config(tmp_path)
-    run = open_run(cfg, "abc", 100)
-    assert (run.checkpoint, run.finished_step) == (None, None)
+    run = open_it(cfg)
+    assert (run.checkpoint, run.finished_step, run.max_steps) == (None, None, 100)  # 20 epochs of 5 steps
+    assert open_it(cfg).checkpoint is None  # killed before the first checkpoint: it begins again
+
+
+def test_an_empty_folder_will_do(tmp_path):
     (tmp_path / "run").mkdir()
-    assert open_run(cfg, "abc", 100).checkpoint is None
+    assert open_it(make_config(tmp_path)).checkpoint is None
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"holds files but no run.json"):
-        open_run(make_config(tmp_path), "abc", 100)
+        open_it(make_config(tmp_path))
 
 
 def test_resume_never_refuses_a_run(tmp_path):
     cfg = make_config(tmp_path, training__resume="never")
-    begin(cfg)
+    open_it(cfg)
     with pytest.raises(UserError, match=r"training.resume is never"):
-        open_run(cfg, "abc", 100)
+        open_it(cfg)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        open_it(make_config(tmp_path / "file"))
 
 
 @pytest.mark.parametrize(
@@ -39,35 +62,41 @@ def test_resume_never_refuses_a_run(tmp_path):
     [{"training__batch_size": 8}, {"training__seed": 5}, {"data__padding": "stop"}, {"model__base": "elsewhere"}],
 )
 def test_settings_that_make_another_run_are_refused_by_name(tmp_path, change):
-    begin(make_config(tmp_path))
+    open_it(make_config(tmp_path))
     (key,) = change
     with pytest.raises(UserError, match=key.replace("__", r"\.")):
-        open_run(make_config(tmp_path, **change), "abc", 100)
+        open_it(make_config(tmp_path, **change))
 
 
 def test_settings_that_may_change(tmp_path):
-    begin(make_config(tmp_path))
+    open_it(make_config(tmp_path))
     changed = make_config(tmp_path, training__micro_batch_size=2, optim__learning_rate=1.0, training__eval_steps=7)
-    assert open_run(changed, "abc", 200).checkpoint is None
+    assert open_it(changed, steps_per_epoch=9).checkpoint is None
 
 
 def test_other_data_is_refused(tmp_path):
     cfg = make_config(tmp_path)
-    begin(cfg)
+    open_it(cfg)
     with pytest.raises(UserError, match="training clips that are not the ones found now"):
-        open_run(cfg, "xyz", 100)
+        open_it(cfg, data="xyz")
 
 
 def test_a_finished_run_is_known_until_it_is_made_longer(tmp_path):
     cfg = make_config(tmp_path)
-    begin(cfg, finished_step=90)
-    assert open_run(cfg, "abc", 100).finished_step == 90
-    assert open_run(cfg, "abc", 150).finished_step is None
+    finish(cfg, open_it(cfg), step=7)
+    run = open_it(cfg)
+    assert (run.finished_step, run.checkpoint.step) == (7, 7)
+    longer = open_it(cfg, steps_per_epoch=9)
+    assert (longer.finished_step, longer.checkpoint.step) == (None, 7)
 
 
-def test_a_checkpoint_that_is_none_is_named(tmp_path):
+def test_a_checkpoint_may_be_named(tmp_path):
+    cfg = make_config(tmp_path)
+    finish(cfg, open_it(cfg), step=7)
+    other = make_config(tmp_path / "other", training__resume=str(tmp_path / "run" / "checkpoint-7"))
+    assert open_it(other).checkpoint.step == 7
     with pytest.raises(UserError, match="there is no such folder"):
-        open_run(make_config(tmp_path, training__resume=str(tmp_path / "checkpoint-3")), "abc", 100)
+        open_it(make_config(tmp_path, training__resume=str(tmp_path / "checkpoint-3")))
 
 
 def test_fingerprint_tells_clips_and_lengths_apart():

@@ -20,12 +20,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from tortoise_hf.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+METER = "log_interval"
+"""Where a saved state keeps the figures of a log interval that isn't over."""
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -110,6 +113,21 @@ def load_checkpoint(
     if accelerator.process_index < len(rng_states):
         _set_rng_state(rng_states[accelerator.process_index])
     return TrainerState.load_from_json(str(path / "trainer_state.json"))
+
+
+def remember_callbacks(state: TrainerState, callbacks: list[TrainerCallback], interval: dict[str, Any]) -> None:
+    """Put the memory of callbacks (early stopping's patience, say) and the unfinished log interval into the state."""
+    state.stateful_callbacks = {
+        type(callback).__name__: callback.state() for callback in callbacks if isinstance(callback, ExportableState)
+    }
+    state.stateful_callbacks[METER] = interval
+
+
+def restore_callbacks(state: TrainerState, callbacks: list[TrainerCallback]) -> None:
+    """Give callbacks the memory a checkpoint kept for them."""
+    for callback in callbacks:
+        for name, value in state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items():
+            setattr(callback, name, value)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Checkpoint]:

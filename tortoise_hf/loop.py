@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler  # internal to transformers; tests/test_loop.py covers it
 
+from tortoise_hf.checkpoint import METER, remember_callbacks
 from tortoise_hf.config import Config
 from tortoise_hf.data.collate import Batch
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
@@ -21,7 +22,6 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.evaluate import evaluate
 from tortoise_hf.loss import LossSums, gpt_loss, weighted_mean, weighted_mean_of_values
 from tortoise_hf.optim import clip_gradients
-from tortoise_hf.run import METER, remember_callbacks
 
 MAX_SKIPPED_STEPS = 10
 """Steps in a row with a NaN or infinite gradient before the run gives up. Source: the reference trainer's limit."""

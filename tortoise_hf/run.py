@@ -1,26 +1,33 @@
-"""The run's folder: whether it may be used, where to go on, and what to tell the user at the start and at the end."""
+"""The run's folder: whether it may be used, where to go on, and what is made of it at the end."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import TrainerState
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
-from tortoise_hf.checkpoint import Checkpoint, find_damage, newest_sound_checkpoint
+from tortoise_hf.checkpoint import (
+    Checkpoint,
+    find_damage,
+    load_checkpoint,
+    newest_sound_checkpoint,
+    restore_callbacks,
+)
 from tortoise_hf.config import Config
 from tortoise_hf.errors import UserError
+from tortoise_hf.export import ExportReport, export_model
+from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
 
 RUN_FILE = "run.json"
 EXPORT_DIR = "export"
-METER = "log_interval"
-"""Where a saved state keeps the figures of a log interval that isn't over."""
 FIXED_SETTINGS = ("data.padding", "data.num_conditioning_clips", "data.conditioning_seconds", "model.base",
                   "model.from_scratch", "training.batch_size", "training.seed")  # fmt: skip
 """Settings a run can't change half-way without becoming another run. Micro-batch size, processes, learning rate and
@@ -32,6 +39,10 @@ class Run:
     """A run's folder, ready to be written to."""
 
     output_dir: Path
+    max_steps: int
+    """Optimizer steps of the whole run."""
+    data_fingerprint: str
+    num_train_clips: int
     checkpoint: Checkpoint | None
     """Where to go on; None begins at step 0."""
     finished_step: int | None
@@ -46,34 +57,58 @@ def fingerprint(clip_ids: Iterable[str], num_samples: Iterable[int]) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_run(cfg: Config, data_fingerprint: str, max_steps: int, warn: Callable[[str], None] = print) -> Run:
-    """Look at the run's folder and decide where to begin. Reads only.
+def check_run_folder(cfg: Config) -> None:
+    """Refuse a folder that can't be used, before anything is fetched or prepared.
 
     Raises:
-        UserError: if the folder holds something else, if `training.resume: never` meets a run, or if settings or data
-            changed so that going on would not continue that run.
+        UserError: if the folder holds something else, or a run while `training.resume` is never.
     """
     output_dir = Path(cfg.training.output_dir)
-    resume = cfg.training.resume
-    if resume not in ("auto", "never"):
-        return Run(output_dir, _named_checkpoint(Path(resume)), None)
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return Run(output_dir, None, None)
-    record_path = output_dir / RUN_FILE
-    if not output_dir.is_dir() or not record_path.is_file():
+    if output_dir.is_dir() and not any(output_dir.iterdir()):
+        return
+    if not output_dir.exists():
+        return
+    if not (output_dir / RUN_FILE).is_file():
         raise UserError(
             f"training.output_dir {output_dir} holds files but no {RUN_FILE}, so it is not the folder of a run. Name "
             "another folder, or empty this one."
         )
-    if resume == "never":
+    if cfg.training.resume == "never":
         raise UserError(
             f"{output_dir} holds a run and training.resume is never. Name another training.output_dir, or take "
             "training.resume auto to go on with it."
         )
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    _refuse_changes(cfg, record, data_fingerprint, output_dir)
-    finished = record.get("finished_step") if record.get("max_steps") == max_steps else None
-    return Run(output_dir, newest_sound_checkpoint(output_dir, warn), finished)
+
+
+def open_run(
+    cfg: Config, accelerator: Accelerator, data_fingerprint: str, num_train_clips: int, steps_per_epoch: int
+) -> Run:
+    """Decide where to begin and note down what the run is; every process calls it.
+
+    Raises:
+        UserError: if settings or data changed so that going on would not continue the run in this folder, or the
+            checkpoint named by `training.resume` isn't sound.
+    """
+    output_dir, resume = Path(cfg.training.output_dir), cfg.training.resume
+    max_steps = cfg.training.max_steps
+    if max_steps == -1:
+        max_steps = cfg.training.num_train_epochs * steps_per_epoch
+    checkpoint, finished_step = None, None
+    record_path = output_dir / RUN_FILE
+    if record_path.is_file():
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        _refuse_changes(cfg, record, data_fingerprint, output_dir)
+        finished_step = record["finished_step"] if record["max_steps"] == max_steps else None
+        checkpoint = newest_sound_checkpoint(output_dir, warn=accelerator.print)
+        if checkpoint is None or checkpoint.step != finished_step:
+            finished_step = None
+    if resume not in ("auto", "never"):
+        checkpoint, finished_step = _named_checkpoint(Path(resume)), None
+    run = Run(output_dir, max_steps, data_fingerprint, num_train_clips, checkpoint, finished_step)
+    accelerator.wait_for_everyone()  # nobody reads the record any more
+    if accelerator.is_main_process:
+        write_record(run, cfg)
+    return run
 
 
 def _named_checkpoint(path: Path) -> Checkpoint:
@@ -99,26 +134,45 @@ def _refuse_changes(cfg: Config, record: dict[str, Any], data_fingerprint: str, 
         )
 
 
-def write_run(
-    run: Run, cfg: Config, data_fingerprint: str, num_train_clips: int, max_steps: int, finished_step: int | None = None
-) -> None:
-    """Store what `open_run` will compare with; the main process calls it at the start and at the end."""
+def write_record(run: Run, cfg: Config) -> None:
+    """Store what the next `open_run` will compare with; the main process calls it at the start and at the end.
+
+    Raises:
+        UserError: if the folder can't be written.
+    """
     record = {
         "config": cfg.to_dict(),
-        "data_fingerprint": data_fingerprint,
-        "num_train_clips": num_train_clips,
-        "max_steps": max_steps,
-        "finished_step": finished_step,
+        "data_fingerprint": run.data_fingerprint,
+        "num_train_clips": run.num_train_clips,
+        "max_steps": run.max_steps,
+        "finished_step": run.finished_step,
     }
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run.output_dir / f".{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(run.output_dir / RUN_FILE)
+    try:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run.output_dir / f".{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(run.output_dir / RUN_FILE)
+    except OSError as error:
+        raise UserError(
+            f"training.output_dir {run.output_dir} can't be written ({error.strerror or error}); name another folder."
+        ) from error
 
 
-def fresh_state(cfg: Config, accelerator: Accelerator, max_steps: int) -> TrainerState:
-    """Counters of a run that begins."""
-    return mark_process(TrainerState(), cfg, accelerator, max_steps)
+def start_or_resume(
+    cfg: Config,
+    run: Run,
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    callbacks: list[TrainerCallback],
+) -> TrainerState:
+    """Counters of a run that begins, or everything as its checkpoint left it; every process calls it."""
+    if run.checkpoint is None:
+        return mark_process(TrainerState(), cfg, accelerator, run.max_steps)
+    state = load_checkpoint(run.checkpoint, accelerator, accelerator.unwrap_model(model), optimizer, lr_scheduler)
+    restore_callbacks(state, callbacks)
+    return mark_process(state, cfg, accelerator, run.max_steps)
 
 
 def mark_process(state: TrainerState, cfg: Config, accelerator: Accelerator, max_steps: int) -> TrainerState:
@@ -134,16 +188,22 @@ def mark_process(state: TrainerState, cfg: Config, accelerator: Accelerator, max
     return state
 
 
-def remember_callbacks(state: TrainerState, callbacks: list[TrainerCallback], interval: dict[str, Any]) -> None:
-    """Put the memory of callbacks (early stopping's patience, say) and the unfinished log interval into the state."""
-    state.stateful_callbacks = {
-        type(callback).__name__: callback.state() for callback in callbacks if isinstance(callback, ExportableState)
-    }
-    state.stateful_callbacks[METER] = interval
+def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> ExportReport | None:
+    """Export the best checkpoint (the last one without evaluations) and note that the run is over.
 
-
-def restore_callbacks(state: TrainerState, callbacks: list[TrainerCallback]) -> None:
-    """Give callbacks the memory a checkpoint kept for them."""
-    for callback in callbacks:
-        for name, value in state.stateful_callbacks.get(type(callback).__name__, {}).get("attributes", {}).items():
-            setattr(callback, name, value)
+    Called by the main process. None if the run was over before and its export is still there.
+    """
+    export_dir = run.output_dir / EXPORT_DIR
+    if run.finished_step is not None and export_dir.is_dir():
+        return None
+    name = state.best_model_checkpoint or f"checkpoint-{state.global_step}"
+    step = state.best_global_step if state.best_model_checkpoint else state.global_step
+    model = TortoiseGPT.from_pretrained(run.output_dir / name, dtype="float32")
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    summary = {"settings": cfg.to_dict(), "num_train_clips": run.num_train_clips, "evaluations": evaluations}
+    base_state = None if cfg.model.from_scratch else load_base_weights(files)[1]
+    report = export_model(
+        model, export_dir, files=files, step=step, summary=summary, base_state=base_state, overwrite=True
+    )
+    write_record(dataclasses.replace(run, finished_step=state.global_step), cfg)
+    return report

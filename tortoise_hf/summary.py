@@ -1,4 +1,4 @@
-"""The last lines of a run: what was reached, where it lies, what to do next."""
+"""What a run says before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from transformers import TrainerState
 
 from tortoise_hf.callbacks.run_log import LOG_NAME
 from tortoise_hf.config import Config
+from tortoise_hf.data.loader import TrainBatches
+from tortoise_hf.export import ExportReport
+from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.run import EXPORT_DIR, Run
 
-
-def evaluations(state: TrainerState) -> list[dict[str, float]]:
-    """Log entries of the evaluations, in order; the first is the one before the first step."""
-    return [entry for entry in state.log_history if "eval_loss" in entry]
+REPORT_NAME = "dataset_report.json"
 
 
 def format_seconds(seconds: float) -> str:
@@ -27,24 +28,48 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def closing_lines(cfg: Config, state: TrainerState, export_dir: Path, seconds: float, was_finished: bool) -> str:
-    """Text for the user when a run is over.
+def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatches, num_processes: int) -> str:
+    """Size of the model, of a step and of the run, where it begins, and what is unusual about it."""
+    training, clips = cfg.training, run.num_train_clips
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    per_process = -(-min(training.batch_size, clips) // num_processes)
+    accumulated = -(-per_process // training.micro_batch_size)
+    lines = [
+        f"Model: {parameters:,} trained parameters, "
+        f"{'random weights' if cfg.model.from_scratch else f'weights of {cfg.model.base}'}.",
+        f"Run: {run.max_steps:,} optimizer steps of {training.batch_size} clips, {batches.steps_per_epoch:,} per epoch; "
+        f"{accumulated} micro-batch{'es' * (accumulated > 1)} of at most {training.micro_batch_size} on each of "
+        f"{num_processes} process{'es' * (num_processes > 1)}; {batches.sampler.padding_share():.1%} of positions are "
+        "padding.",
+    ]
+    if clips < training.batch_size:
+        lines.append(
+            f"Warning: {clips} training clips are fewer than training.batch_size {training.batch_size}; every step "
+            "sees all of them."
+        )
+    if run.finished_step is not None:
+        lines.append(f"{run.output_dir} is complete.")
+    elif run.checkpoint is not None:
+        lines.append(f"Going on from {run.checkpoint.path}.")
+    return "\n".join(lines)
+
+
+def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportReport | None, seconds: float) -> str:
+    """What was reached, where it lies, what to do next.
 
     Args:
         cfg: the experiment.
+        run: its folder.
         state: at the end.
-        export_dir: folder of the exported model.
+        report: of the export; None if it was made by an earlier call.
         seconds: how long this call took, preparing included.
-        was_finished: the run was complete before this call.
     """
-    output_dir = Path(cfg.training.output_dir)
-    head = (
-        f"This run was complete at step {state.global_step} already; nothing was trained."
-        if was_finished
-        else f"Done: step {state.global_step} of {state.max_steps}, {format_seconds(seconds)}."
-    )
+    if run.finished_step is not None:
+        head = f"This run was complete at step {state.global_step}; nothing was trained."
+    else:
+        head = f"Done: {state.global_step} of {run.max_steps} steps; {format_seconds(seconds)} with all preparations."
     lines = ["", head]
-    found = evaluations(state)
+    found = [entry for entry in state.log_history if "eval_loss" in entry]
     if found:
         first, last = found[0], found[-1]
         change = 100 * (1 - last["eval_mel_loss"] / first["eval_mel_loss"])
@@ -52,20 +77,26 @@ def closing_lines(cfg: Config, state: TrainerState, export_dir: Path, seconds: f
             f"Eval mel loss: {first['eval_mel_loss']:.3f} at step {first['step']}, {last['eval_mel_loss']:.3f} at step "
             f"{last['step']} ({change:.0f} % lower), {len(found)} evaluations."
         )
-    else:
-        lines.append("No evaluation clips, so the last step counts as the best.")
-    rows = [
-        ("exported model", export_dir, "load it with TortoiseGPT.from_pretrained"),
-        ("last checkpoint", output_dir / f"checkpoint-{state.global_step}", "the same command goes on from here"),
-        ("log", output_dir / LOG_NAME, "one JSON line per entry"),
-        ("dataset report", output_dir / "dataset_report.json", "which clips were left out and why"),
+    if report is not None:
+        lines.append(report.summary())
+    lines += _places(run, state)
+    lines.append("Next:")
+    lines.append(f"  train longer: the same command with --training.max_steps {2 * run.max_steps}")
+    lines.append("  your own voice: copy configs/my_voice.yaml, name your recordings in it, and give it as --config")
+    return "\n".join(lines)
+
+
+def _places(run: Run, state: TrainerState) -> list[str]:
+    rows: list[tuple[str, Path, str]] = [
+        ("exported model", run.output_dir / EXPORT_DIR, "for TortoiseGPT.from_pretrained and TorToiSe's programs")
     ]
     if state.best_model_checkpoint:
         note = f"eval loss {state.best_metric:.3f}"
-        rows.insert(1, ("best checkpoint", output_dir / state.best_model_checkpoint, note))
+        rows.append(("best checkpoint", run.output_dir / state.best_model_checkpoint, note))
+    rows += [
+        ("last checkpoint", run.output_dir / f"checkpoint-{state.global_step}", "the same command goes on from here"),
+        ("log", run.output_dir / LOG_NAME, "one JSON line per entry"),
+        ("dataset report", run.output_dir / REPORT_NAME, "clips used and left out, with reasons"),
+    ]
     width = max(len(str(path)) for _, path, _ in rows)
-    lines += [f"  {name:<16} {path!s:<{width}}  {note}" for name, path, note in rows]
-    lines.append("Next:")
-    lines.append(f"  train on: the same command with --training.max_steps {2 * state.max_steps}")
-    lines.append("  your own recordings: copy configs/my_voice.yaml, name your folder in it, and give it as --config")
-    return "\n".join(lines)
+    return [f"  {name:<15}  {str(path):<{width}}  {note}" for name, path, note in rows]
