@@ -139,6 +139,8 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, on_the_hub, monkeypatch
     assert [Path(path).read_bytes() for path in rows["audio_path"]] == [audio_bytes(n) for n in range(NUM_CLIPS)]
     # The journal is written every 64 rows.
     assert stored == [f"LJ{number:03d}.wav" for number in range(64, NUM_CLIPS)]
+    monkeypatch.setattr(hub._HubSplit, "_open", lambda *args: pytest.fail("read a third time"))
+    assert read(root, tmp_path, streaming=streaming).train.to_list() == rows.to_list()
 
 
 def test_a_position_that_cant_be_kept_is_skipped_to(tmp_path, on_the_hub, monkeypatch):

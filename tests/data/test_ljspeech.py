@@ -169,6 +169,11 @@ def test_a_line_with_another_number_of_columns_is_kept_as_a_problem(root, usual,
         assert 'remove the surplus "|"' in rows["detail"][3]
 
 
+def test_where_counts_are_even_the_bar_too_many_is_the_mistake(root):
+    (root / "train.txt").write_text("wavs/LJ001-0001.wav|one\nwavs/LJ001-0002.wav|either | or\n")
+    assert read(root).train["problem"] == ["", "malformed"]
+
+
 def test_a_single_evaluation_line_with_a_bar_is_measured_by_the_training_list(root):
     write_list(root / "train.txt", "wavs/{id}.wav|{text}")
     (root / "val.txt").write_text("wavs/LJ001-0001.wav|either | or\n")
@@ -197,6 +202,15 @@ def test_pairs_of_lists_are_found(root, train, held_out):
     assert (set(raw.train["list_name"]), set(raw.eval["list_name"])) == ({train}, {held_out})
     assert train in raw.source
     assert held_out in raw.source
+
+
+def test_test_lists_and_notes_are_no_candidates(root):
+    write_list(root / "my_clips.txt", "{id}|{text}")
+    for name in ("test.txt", "metadata_test.csv", "README.txt", "LICENSE.txt", ".hidden.csv"):
+        write_list(root / name, "{id}|{text}")
+    raw = read(root)
+    assert set(raw.train["list_name"]) == {"my_clips.txt"}
+    assert raw.eval is None
 
 
 def test_training_list_goes_before_the_list_of_all_clips(root):
