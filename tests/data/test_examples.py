@@ -37,6 +37,17 @@ def encode_as_the_reference_trainer_does(samples: torch.Tensor) -> np.ndarray:
     return load_dvae().encode(LogMel(MEL_NORMS)(padded))[0, : len(samples) // 1024 + 1].numpy()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_codes(encoder):
+    samples = torch.from_numpy(waveform(100_000))
+    mel, codes = ClipEncoder(load_dvae, MEL_NORMS, 1, LIMIT, device="cuda").encode(samples)
+    load_dvae().cpu()
+    expected_mel, expected_codes = encoder.encode(samples)
+    assert codes.tolist() == expected_codes.tolist()
+    np.testing.assert_allclose(mel.astype(np.float32), expected_mel.astype(np.float32), atol=5e-3)
+
+
 # Around multiples of 256 and 1024 and up to the reference's padding itself.
 @pytest.mark.parametrize("num_samples", [13_230, 20_479, 20_480, 20_481, 20_735, 44_000, 98_304, 143_325, 240_000])
 def test_codes_are_those_of_the_clip_followed_by_silence(encoder, num_samples):
