@@ -62,3 +62,67 @@ def make_config(tmp_path: Path, **settings) -> Config:
         training=TrainingConfig(**sections["training"]),
         callbacks=CallbackConfig(**sections["callbacks"]),
     )
+
+
+SENTENCES = (
+    "The kettle is on.",
+    "A dog barked at noon.",
+    "Seven boats left the harbour.",
+    "Rain fell on the tin roof all night.",
+    "He said yes!",
+    "Why not, then?",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a one-layer GPT's config, a tokenizer, norms and a random DVAE."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tortoise_hf.models.dvae import DVAE, DVAEConfig
+    from tortoise_hf.models.gpt import GPTConfig
+    from tortoise_hf.text import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(SENTENCES, 60)
+    tokenizer.save(folder / "tokenizer.json")
+    GPTConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_heads=2,
+        num_text_tokens=tokenizer.vocab_size,
+        num_mel_codes=16,
+        num_conditioning_layers=1,
+        dropout=0.0,
+    ).save_pretrained(folder)
+    save_file({"mel_norms": torch.full((80,), -4.0)}, folder / "mel_norms.safetensors")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        DVAE(DVAEConfig(hidden_size=16, codebook_dim=8, num_codes=16, num_resnet_blocks=1)).save_pretrained(
+            folder / "dvae"
+        )
+    return folder
+
+
+@pytest.fixture
+def tiny_voice(tmp_path: Path):
+    """Makes an LJSpeech folder with so many clips of tones and noise, between 0.7 and 2 s."""
+    import numpy as np
+    import soundfile
+
+    def make(num_clips: int, name: str = "voice") -> Path:
+        rng = np.random.default_rng(0)
+        folder = tmp_path / name
+        (folder / "wavs").mkdir(parents=True)
+        lines = []
+        for index in range(num_clips):
+            seconds = rng.uniform(0.7, 2.0)
+            time = np.arange(int(seconds * 22_050)) / 22_050
+            waveform = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900) * time) + 0.05 * rng.standard_normal(len(time))
+            soundfile.write(folder / "wavs" / f"clip-{index}.wav", waveform, 22_050)
+            lines.append(f"clip-{index}|{SENTENCES[index % len(SENTENCES)]} Take {chr(97 + index)}.")
+        (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return folder
+
+    return make

@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 PREPARE_TIMEOUT = timedelta(hours=12)
 """How long processes wait for the main one: it may be preparing a large dataset meanwhile."""
@@ -19,6 +20,7 @@ def start_accelerator(seed: int) -> Accelerator:
     Precision, devices and processes come from `accelerate launch`; without it, from what the machine has: one process,
     no mixed precision.
     """
+    disable_progress_bar()  # of weights loading and saving: two lines per checkpoint
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARE_TIMEOUT)])
     set_seed(seed, device_specific=True)
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -20,7 +20,7 @@ def prepare_base_and_data(cfg: Config, accelerator: Accelerator) -> tuple[BaseFi
     Raises:
         UserError: if the data or the base can't be had, or no clip is usable.
     """
-    read_rows(cfg.data)
+    rows = read_rows(cfg.data)
     files = resolve_base(cfg.model)
     prepared = prepare_dataset(
         cfg.data,
@@ -30,5 +30,6 @@ def prepare_base_and_data(cfg: Config, accelerator: Accelerator) -> tuple[BaseFi
         files.sha256("dvae_weights"),
         accelerator.device,
         show_progress=accelerator.is_main_process,
+        raw=rows,
     )
     return files, prepared

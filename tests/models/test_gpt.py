@@ -242,12 +242,16 @@ class TestCompactRows:
         clips = torch.randn(4, 2, 80, 12, generator=generator)
         return text, mel, clips, torch.tensor(self.TEXT_LENGTHS)
 
+    @pytest.mark.parametrize("cut", [False, True])
     @pytest.mark.parametrize("extra", [0, 7])
-    def test_each_row_equals_the_row_alone(self, model, config, batch, extra):
+    def test_each_row_equals_the_row_alone(self, model, config, batch, extra, cut):
         text, mel, clips, lengths = batch
         text = nn.functional.pad(text, (0, extra), value=config.stop_text_id)
         mel = nn.functional.pad(mel, (0, extra), value=config.stop_mel_id)
-        together = model(text, mel, conditioning_mel=clips, text_lengths=lengths)
+        longest = 1 + max(map(sum, zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True)))
+        assert longest < 1 + text.shape[1] + mel.shape[1]
+        positions = longest if cut else None
+        together = model(text, mel, conditioning_mel=clips, text_lengths=lengths, num_positions=positions)
         assert together.text_logits.shape[:2] == text.shape
         assert together.mel_logits.shape[:2] == together.latents.shape[:2] == mel.shape
         for row, (num_text, num_mel) in enumerate(zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True)):

@@ -92,14 +92,16 @@ class Batch:
     """(B, K, 80, F) float32."""
     indices: torch.Tensor
     """(B,) int64 rows of the examples."""
+    num_positions: int | None
+    """Positions of the longest row when text and mel part stand without a gap; None if the rows are not compact."""
     num_text_targets: int
     """Text targets that count."""
     num_mel_targets: int
     """Mel targets that count."""
 
-    def model_inputs(self) -> dict[str, torch.Tensor | None]:
+    def model_inputs(self) -> dict[str, torch.Tensor | int | None]:
         """What the GPT's forward takes, by name."""
-        names = ("text_inputs", "mel_inputs", "conditioning_mel", "text_lengths")
+        names = ("text_inputs", "mel_inputs", "conditioning_mel", "text_lengths", "num_positions")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -168,6 +170,7 @@ class Collator:
             mel_lengths=mel.lengths,
             conditioning_mel=torch.from_numpy(np.stack([example.conditioning_mel for example in examples])),
             indices=torch.tensor([example.index for example in examples]),
+            num_positions=1 + int((text.lengths + mel.lengths).max()) if self.padding == "mask" else None,
             num_text_targets=int((text.targets != IGNORE_INDEX).sum()),
             num_mel_targets=int((mel.targets != IGNORE_INDEX).sum()),
         )

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tortoise_hf.config import Config
 from tortoise_hf.data.collate import Batch, Collator, ExampleDataset
 from tortoise_hf.data.conditioning import ConditioningDraws
-from tortoise_hf.data.sampler import Draw, StepSampler, count_positions
+from tortoise_hf.data.sampler import Draw, StepSampler
 
 if TYPE_CHECKING:
     import datasets
@@ -128,25 +127,22 @@ def build_batches(
     train_batches = TrainBatches(
         dataset_of(train_examples, None, training.seed),
         StepSampler(
-            row_lengths(train_examples), training.batch_size, training.micro_batch_size, seed=training.seed, **processes
+            train_examples["num_positions"],
+            training.batch_size,
+            training.micro_batch_size,
+            seed=training.seed,
+            **processes,
         ),
         collate,
         data.num_workers,
     )
     if len(eval_examples) == 0:
         return train_batches, EvalBatches(train_batches.dataset, None, collate)
-    lengths = row_lengths(eval_examples)
     eval_batches = EvalBatches(
         # A fixed seed: evaluations of different runs on the same clips hear the same conditioning.
         dataset_of(eval_examples, train_examples, seed=0),
-        StepSampler(lengths, len(lengths), training.eval_batch_size, **processes),
+        StepSampler(eval_examples["num_positions"], len(eval_examples), training.eval_batch_size, **processes),
         collate,
         data.num_workers,
     )
     return train_batches, eval_batches
-
-
-def row_lengths(examples: datasets.Dataset) -> np.ndarray:
-    """(N,) positions of each example's row; reads two small columns only."""
-    num_text_ids = np.array([len(ids) for ids in examples["text_ids"]])
-    return count_positions(num_text_ids, np.array(examples["num_samples"]))

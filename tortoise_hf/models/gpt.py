@@ -285,6 +285,7 @@ class TortoiseGPT(PreTrainedModel):
         conditioning_mel: torch.Tensor | None = None,
         conditioning_latent: torch.Tensor | None = None,
         text_lengths: torch.Tensor | None = None,
+        num_positions: int | None = None,
     ) -> GPTOutput:
         """Logits of every text and mel position.
 
@@ -298,6 +299,8 @@ class TortoiseGPT(PreTrainedModel):
             conditioning_mel: (B, K, num_mel_bins, F) or (B, num_mel_bins, F); or else give `conditioning_latent`.
             conditioning_latent: (B, D) from `encode_conditioning`, or (1, D) for all rows.
             text_lengths: (B,) real positions of each text row, between 1 and T; None means all T, the released layout.
+            num_positions: with `text_lengths`, positions of the longest row in that layout (conditioning vector, text
+                and mel part); what lies behind them is padding in every row and is not computed. None: all 1 + T + C.
 
         Returns: GPTOutput; at padded positions its values mean nothing.
         Raises: ValueError: if a row is longer than its position table, or not exactly one conditioning is given.
@@ -318,6 +321,9 @@ class TortoiseGPT(PreTrainedModel):
 
         if text_lengths is not None:
             order, inverse = compact_order(text_lengths, text_inputs.shape[1], mel_inputs.shape[1])
+            if num_positions is not None:
+                # Padded places past the cut read the last position instead; nobody looks at them.
+                order, inverse = order[:, :num_positions], inverse.clamp(max=num_positions - 1)
             rows = take_positions(rows, order)
         hidden = self.gpt(inputs_embeds=rows, use_cache=False).last_hidden_state
         if text_lengths is not None:
