@@ -15,7 +15,7 @@ from typing import NoReturn
 import jsonargparse
 
 from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
-from tortoise_hf.errors import UserError
+from tortoise_hf.errors import Interrupted, UserError
 
 SECTIONS = {
     "data": DataConfig,
@@ -104,9 +104,18 @@ def load_config(argv: Sequence[str] | None, description: str) -> Config:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main and turn a `UserError` into its message on stderr and exit code 1."""
+    """Call a script's main; end in words and an exit code instead of a traceback.
+
+    A `UserError` becomes its message on stderr and exit code 1; Ctrl-C and SIGTERM become 130 and 143.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except Interrupted as stop:
+        print(f"Stopped by {stop}; the step is saved. The same command goes on from there.", flush=True)
+        raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt:  # before the first step or after the last one
+        print("Stopped by SIGINT; nothing is lost. The same command goes on from here.", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

@@ -10,7 +10,8 @@ from conftest import make_config
 from test_loop import run_training
 from transformers import TrainerCallback
 
-from tortoise_hf.callbacks.interrupt import InterruptCallback, Interrupted
+from tortoise_hf.callbacks.interrupt import InterruptCallback
+from tortoise_hf.errors import Interrupted
 
 
 class RaiseSignal(TrainerCallback):

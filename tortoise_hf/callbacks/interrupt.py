@@ -12,19 +12,11 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from tortoise_hf.errors import Interrupted
+
 PATIENCE_SECONDS = 1.0
 """A launcher passes the user's Ctrl-C on as a SIGTERM of its own; only a signal later than this counts as a second
 one."""
-
-
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """A run was stopped by a signal after its last step was saved."""
-
-    def __init__(self, signal_number: int) -> None:
-        """Remember which signal it was."""
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-        """130 for SIGINT, 143 for SIGTERM, as shells count."""
 
 
 class InterruptCallback(TrainerCallback):
