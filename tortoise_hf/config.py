@@ -222,6 +222,9 @@ class TrainingConfig:
     """Optimizer steps between two checkpoints."""
     save_total_limit: int = 2
     """Newest checkpoints kept; the best one is kept besides."""
+    optimizer_state: Literal["full", "8bit", "none"] = "full"
+    """What a checkpoint keeps of AdamW's memory: all of it (a resumed run is exact), rounded to 8 bits (a quarter of the
+    bytes; nearly exact), or nothing (a resumed run has to gather it anew)."""
     resume: str = "auto"
     """auto: go on where the run in output_dir stopped, if there is one. never: refuse a folder that holds a run.
     Otherwise the folder of a checkpoint to go on from."""
