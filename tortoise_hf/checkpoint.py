@@ -19,16 +19,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from tortoise_hf.distributed import raise_together, shard_like, to_full
 from tortoise_hf.errors import UserError
+from tortoise_hf.optimizer_state import STATE_BYTES, OptimizerState, checkpoint_bytes, pack, unpack
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 METER = "log_interval"
 """Where a saved state keeps the figures of a log interval that isn't over."""
+MICRO_BATCH = "micro_batch_size"
+"""Where a saved state keeps the micro-batch size a run fell back to when memory ran out."""
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -47,47 +53,94 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     state: TrainerState,
+    optimizer_state: OptimizerState = "full",
 ) -> Path:
     """Write `checkpoint-<global_step>`; every process calls it, the main one writes.
+
+    The files don't depend on how many processes trained or whether they shared the weights out.
 
     Args:
         output_dir: the run's folder.
         accelerator: gathers the processes' random states.
-        model: the unwrapped model.
-        optimizer: its state is stored in full.
-        lr_scheduler: likewise.
+        model: the unwrapped model, sharded or not.
+        optimizer: AdamW over the model's weights.
+        lr_scheduler: its state is stored.
         state: counters, best metric and log of the run.
+        optimizer_state: what to keep of the optimizer, see `optimizer_state.pack`.
 
     Raises:
-        UserError: if the disk is full or the folder can't be written; older checkpoints stay as they are.
+        UserError: on every process, if the disk is full, the folder can't be written or a weight is NaN or infinite;
+            older checkpoints stay as they are.
     """
-    rng_states = gather_object([_rng_state()])
+    rng_states = gather_object([rng_state()])
+    weights = {name: to_full(tensor) for name, tensor in model.state_dict().items()}
+    moments = _full_optimizer_state(optimizer, keep=accelerator.is_main_process, kind=optimizer_state)
     final = output_dir / f"checkpoint-{state.global_step}"
+    problem = None
     if accelerator.is_main_process:
+        problem = _problem_of_weights(weights, output_dir)
+    if accelerator.is_main_process and problem is None:
         staging = output_dir / f".{final.name}.{os.getpid()}.tmp"
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            model.save_pretrained(staging)
-            torch.save(optimizer.state_dict(), staging / "optimizer.pt")
+            model.save_pretrained(staging, state_dict=weights)
+            torch.save(pack(moments, optimizer_state), staging / "optimizer.pt")
             torch.save(rng_states, staging / "rng.pt")
             _write_json(staging / "scheduler.json", lr_scheduler.state_dict())
             if accelerator.scaler is not None:
                 _write_json(staging / "scaler.json", accelerator.scaler.state_dict())
             state.save_to_json(str(staging / "trainer_state.json"))
             _write_manifest(staging)
-            if final.exists():
-                shutil.rmtree(final)
-            staging.rename(final)
-            _sync(output_dir)
-        except OSError as error:
+            _put_in_place(staging, final)
+        # A full disk is an OSError only for plain files: safetensors and torch.save raise errors of their own.
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staging, ignore_errors=True)
-            raise UserError(
-                f"{final} could not be written ({error.strerror or error}); earlier checkpoints in {output_dir} are "
-                "untouched. Free some space or choose another training.output_dir, then run the same command again."
-            ) from error
-    accelerator.wait_for_everyone()
+            reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+            problem = (
+                f"{final} could not be written ({reason}); earlier checkpoints in {output_dir} are untouched. "
+                f"{_free_space(output_dir)} Free some space or choose another training.output_dir, then run the same "
+                "command again."
+            )
+    raise_together(accelerator, problem)
     return final
+
+
+def _full_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool, kind: OptimizerState) -> dict[str, Any]:
+    """AdamW's state with whole tensors, as an unsharded run has it; empty where it isn't kept."""
+    state_dict = optimizer.state_dict()
+    if kind == "none":
+        return {**state_dict, "state": {}}
+    states: dict[int, dict[str, Any]] = {}
+    for key, values in state_dict["state"].items():
+        sharded = any(isinstance(value, DTensor) for value in values.values())
+        whole = {name: to_full(value) for name, value in values.items()}  # every process takes part
+        if keep:
+            # Gathered copies of all weights together would not fit beside the model on the device.
+            states[key] = {name: value.cpu() for name, value in whole.items()} if sharded else whole
+    return {**state_dict, "state": states}
+
+
+def _problem_of_weights(weights: dict[str, torch.Tensor], output_dir: Path) -> str | None:
+    """A sentence if a weight is NaN or infinite: such a checkpoint would sooner or later push out the good ones."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            return (
+                f"{name} holds NaN or infinite values, so no checkpoint is written; earlier ones in {output_dir} are "
+                "intact. Lower optim.learning_rate and run the same command again."
+            )
+    return None
+
+
+def _put_in_place(staging: Path, final: Path) -> None:
+    """Give a finished checkpoint its name. What bore it before is deleted last, so one of the two is always there."""
+    before = final.with_name(f".{final.name}.old.tmp")
+    if final.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        final.rename(before)
+    staging.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -103,24 +156,38 @@ def load_checkpoint(
         The state the run goes on with. Random states are set; draw nothing before the next step.
     """
     path = checkpoint.path
-    model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    current = model.state_dict()
+    weights = load_file(path / "model.safetensors")
+    model.load_state_dict({n: shard_like(t, current[n]) if n in current else t for n, t in weights.items()})
+    saved = unpack(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        saved["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
+    optimizer.load_state_dict(saved)
     lr_scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
     scaler_path = path / "scaler.json"
     if accelerator.scaler is not None and scaler_path.exists():
         accelerator.scaler.load_state_dict(json.loads(scaler_path.read_text()))
     rng_states = torch.load(path / "rng.pt", map_location="cpu", weights_only=True)
     if accelerator.process_index < len(rng_states):
-        _set_rng_state(rng_states[accelerator.process_index])
+        set_rng_state(rng_states[accelerator.process_index])
+    if len(rng_states) != accelerator.num_processes:
+        accelerator.print(
+            f"{path} was saved by {len(rng_states)} process(es) and now there are {accelerator.num_processes}: every "
+            "step holds the same clips, but dropout falls differently, so losses will agree closely, not bit for bit."
+        )
+    if not saved["state"]:
+        accelerator.print(f"{path} holds no optimizer state; AdamW starts its averages anew.")
     return TrainerState.load_from_json(str(path / "trainer_state.json"))
 
 
 def remember_callbacks(state: TrainerState, callbacks: list[TrainerCallback], interval: dict[str, Any]) -> None:
     """Put the memory of callbacks (early stopping's patience, say) and the unfinished log interval into the state."""
+    kept = {key: state.stateful_callbacks[key] for key in (MICRO_BATCH,) if key in state.stateful_callbacks}
     state.stateful_callbacks = {
         type(callback).__name__: callback.state() for callback in callbacks if isinstance(callback, ExportableState)
     }
-    state.stateful_callbacks[METER] = interval
+    state.stateful_callbacks |= {METER: interval, **kept}
 
 
 def restore_callbacks(state: TrainerState, callbacks: list[TrainerCallback]) -> None:
@@ -148,6 +215,28 @@ def newest_sound_checkpoint(output_dir: Path, warn: Any = print) -> Checkpoint |
             return checkpoint
         warn(f"{checkpoint.path} is damaged ({problem}); it is left alone and an older one is used.")
     return None
+
+
+def tidy_up(output_dir: Path, going_on_from: Checkpoint | None, say: Any = print) -> None:
+    """Make a run's folder fit to go on in; the main process calls it before the first step.
+
+    What a killed save left behind is deleted, or finished if it is complete. Checkpoints newer than the one the run
+    goes on from (damaged ones, or a future the user turned away from) are put aside under another name, so that neither
+    rotation nor the next start takes them for the newest. Nothing complete is deleted.
+    """
+    for leftover in output_dir.glob(".checkpoint-*.tmp"):
+        final = output_dir / leftover.name[1:].split(".")[0]
+        if not final.exists() and (leftover / MANIFEST).is_file() and find_damage(leftover) is None:
+            leftover.rename(final)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    for checkpoint in complete_checkpoints(output_dir):
+        if going_on_from is not None and checkpoint.step > going_on_from.step:
+            number = 1
+            while (aside := output_dir / f"aside-{number}-{checkpoint.path.name}").exists():
+                number += 1
+            checkpoint.path.rename(aside)
+            say(f"{checkpoint.path} is newer than {going_on_from.path.name}, where the run goes on; it is now {aside}.")
 
 
 def find_damage(path: Path) -> str | None:
@@ -178,14 +267,56 @@ def rotate_checkpoints(output_dir: Path, keep_last: int, keep: set[str]) -> None
             shutil.rmtree(doomed)
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
+def check_space(output_dir: Path, num_weights: int, kind: OptimizerState, keep_last: int) -> str:
+    """What checkpoints will take on the disk, as a line to print.
+
+    At most `keep_last` checkpoints, the best one and one being written lie there at once; besides them the exported
+    model, twice while it is replaced. What lies there already is not counted again.
+
+    Args:
+        output_dir: the run's folder, which exists.
+        num_weights: of the model.
+        kind: what is kept of the optimizer.
+        keep_last: newest checkpoints kept.
+
+    Raises:
+        UserError: if the disk hasn't got that much left, with all figures.
+    """
+    size, export = checkpoint_bytes(num_weights, kind), 2 * checkpoint_bytes(num_weights, "none")
+    total = (keep_last + 2) * size + export
+    present = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    needed, free = max(size, total - present), shutil.disk_usage(output_dir).free
+    costs = ", ".join(f"{other} {_gigabytes(checkpoint_bytes(num_weights, other))}" for other in STATE_BYTES)
+    if needed > free:
+        raise UserError(
+            f"training.output_dir {output_dir} needs {_gigabytes(needed)} more for checkpoints and export, its disk "
+            f"has {_gigabytes(free)} left. Free some space, name another folder, lower training.save_total_limit "
+            f"({keep_last}), or keep less per checkpoint with training.optimizer_state ({costs})."
+        )
+    return (
+        f"Checkpoints: {_gigabytes(size)} each with training.optimizer_state {kind} ({costs}); with the export up to "
+        f"{_gigabytes(total)} in {output_dir}, where {_gigabytes(free)} are free."
+    )
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _free_space(folder: Path) -> str:
+    return f"{_gigabytes(shutil.disk_usage(folder).free)} are free there."
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Where this process's random numbers stand."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put this process's random numbers back."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -5,8 +5,8 @@ Callbacks are transformers' `TrainerCallback`s; the loop knows none of them by n
 
 from __future__ import annotations
 
+import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,29 +16,14 @@ from transformers.trainer_callback import CallbackHandler  # internal to transfo
 
 from tortoise_hf.checkpoint import METER, remember_callbacks
 from tortoise_hf.config import Config
-from tortoise_hf.data.collate import Batch
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
-from tortoise_hf.errors import UserError
 from tortoise_hf.evaluate import evaluate
-from tortoise_hf.loss import LossSums, gpt_loss, weighted_mean, weighted_mean_of_values
-from tortoise_hf.optim import clip_gradients
-
-MAX_SKIPPED_STEPS = 10
-"""Steps in a row with a NaN or infinite gradient before the run gives up. Source: the reference trainer's limit."""
+from tortoise_hf.faults import in_words
+from tortoise_hf.loss import weighted_mean_of_values
+from tortoise_hf.step import StepResult, Steps
 
 
-@dataclass
-class StepResult:
-    """What one optimizer step did."""
-
-    loss_values: torch.Tensor
-    """(4,) float64 on the device: `LossSums.values()` summed over this process's micro-batches."""
-    grad_norms: torch.Tensor
-    """(G,) gradient norms before clipping, on the device."""
-    skipped: bool
-    """True if a NaN or overflow kept the weights where they were."""
-
-
+@in_words()
 def train(
     cfg: Config,
     accelerator: Accelerator,
@@ -67,7 +52,7 @@ def train(
         The state at the end.
 
     Raises:
-        UserError: if ten steps in a row had NaN or infinite gradients.
+        UserError: if ten steps in a row had NaN or infinite gradients, or something failed that the user can mend.
     """
     args = cfg.training
     unwrapped = accelerator.unwrap_model(model)
@@ -75,7 +60,6 @@ def train(
     events.eval_dataloader = eval_batches
     control = events.on_train_begin(args, state, TrainerControl())
     meter = Meter(accelerator, cfg)
-    skipped_steps = 0
     # A run interrupted after a save and before the evaluation of the same step still owes that evaluation.
     last_evaluated = max((entry["step"] for entry in state.log_history if "eval_loss" in entry), default=-1)
 
@@ -100,26 +84,22 @@ def train(
     meter.restore(state.stateful_callbacks.get(METER, {}))
     if state.global_step >= state.max_steps:
         control.should_training_stop = True
-    steps = train_batches.steps(start=state.global_step)
+    steps = Steps(cfg, accelerator, model, optimizer, train_batches, state)
     while not control.should_training_stop:
         if state.global_step % train_batches.steps_per_epoch == 0:
             control = events.on_epoch_begin(args, state, control)
         control = events.on_step_begin(args, state, control)
-        micro_batches = next(steps)
-        result = optimizer_step(cfg, accelerator, model, optimizer, micro_batches)
+        result = steps.take()
         meter.add(result, train_batches.num_clips(state.global_step))
-        if result.skipped:
-            skipped_steps += 1
-            stop_if_hopeless(accelerator, skipped_steps, micro_batches, state)
-        else:
-            skipped_steps = 0
+        if not result.skipped:
             control = events.on_optimizer_step(args, state, control)
         state.global_step += 1
         state.epoch = state.global_step / train_batches.steps_per_epoch
         control = events.on_step_end(args, state, control)
-        control = answer(control)
         if state.global_step % train_batches.steps_per_epoch == 0:
-            control = answer(events.on_epoch_end(args, state, control))
+            control = events.on_epoch_end(args, state, control)
+        # One answer to both: a run stopped by a signal leaves here and must not owe the epoch its evaluation.
+        control = answer(control)
     if meter.steps > 0:
         control = answer(control, log=True)
     if last_evaluated != state.global_step and args.eval_strategy != "no" and len(eval_batches):
@@ -127,58 +107,6 @@ def train(
     remember_callbacks(state, callbacks, meter.state())
     events.on_train_end(args, state, control)
     return state
-
-
-def optimizer_step(
-    cfg: Config,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[Batch],
-) -> StepResult:
-    """One move of the weights over all micro-batches of all processes.
-
-    The loss is divided by the number of targets in the whole step, so the gradient doesn't depend on how the step's
-    clips were cut into micro-batches and processes. With `data.padding: stop` each micro-batch is averaged by itself
-    and the micro-batches are averaged, as the reference trainer does.
-    """
-    batches = [batch.to(accelerator.device) for batch in micro_batches]
-    step_counts = torch.tensor(
-        [sum(batch.num_text_targets for batch in batches), sum(batch.num_mel_targets for batch in batches)],
-        dtype=torch.float64,
-        device=accelerator.device,
-    )
-    step_counts = accelerator.reduce(step_counts, reduction="sum")
-    values = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for index, batch in enumerate(batches):
-        # Gradients of all but the last micro-batch stay on their process; the last one brings everybody's together.
-        local = nullcontext() if index == len(batches) - 1 else accelerator.no_sync(model)
-        with local:
-            output = model(**batch.model_inputs())
-            sums = gpt_loss(output.text_logits, output.mel_logits, batch.text_targets, batch.mel_targets)
-            loss = step_loss(cfg, sums, step_counts, len(batches), accelerator.num_processes)
-            accelerator.backward(loss)
-        values += sums.values()
-    accelerator.unscale_gradients()
-    grad_norms = clip_gradients(optimizer, cfg.optim.max_grad_norm)
-    # Under fp16 the scaler looks for overflow itself and skips; elsewhere one look at two numbers does.
-    if accelerator.scaler is None and not torch.isfinite(grad_norms).all():
-        optimizer.zero_grad()
-        return StepResult(values, grad_norms, skipped=True)
-    optimizer.step()
-    skipped = accelerator.optimizer_step_was_skipped
-    optimizer.zero_grad()
-    return StepResult(values, grad_norms, skipped=skipped)
-
-
-def step_loss(
-    cfg: Config, sums: LossSums, step_counts: torch.Tensor, num_micro_batches: int, num_processes: int
-) -> torch.Tensor:
-    """This micro-batch's part of the step's loss; gradients are averaged over processes afterwards."""
-    weights = cfg.optim.text_loss_weight, cfg.optim.mel_loss_weight
-    if cfg.data.padding == "stop":
-        return weighted_mean(sums, sums.counts(), *weights) / num_micro_batches
-    return weighted_mean(sums, step_counts, *weights) * num_processes
 
 
 def run_evaluation(
@@ -198,7 +126,7 @@ def run_evaluation(
     control = record(metrics, events, cfg, state, control)
     control = events.on_evaluate(args, state, control, dict(metrics))
     value = metrics[args.metric_for_best_model]
-    if state.global_step > 0 and (state.best_metric is None or value < state.best_metric):
+    if state.global_step > 0 and math.isfinite(value) and (state.best_metric is None or value < state.best_metric):
         state.best_metric, state.best_global_step = value, state.global_step
     return control
 
@@ -210,25 +138,6 @@ def record(
     logs = {**logs, "epoch": round(state.epoch, 4)}
     state.log_history.append({**logs, "step": state.global_step})
     return events.on_log(cfg.training, state, control, dict(logs))
-
-
-def stop_if_hopeless(
-    accelerator: Accelerator, skipped_steps: int, micro_batches: list[Batch], state: TrainerState
-) -> None:
-    """Name the clips of a step without a usable gradient; give up after ten in a row."""
-    # A scaler starts high and finds its level by skipping; its skips are no sign of trouble until it has gone down far.
-    limit = MAX_SKIPPED_STEPS if accelerator.scaler is None else 4 * MAX_SKIPPED_STEPS
-    indices = sorted({int(index) for batch in micro_batches for index in batch.indices})
-    if accelerator.scaler is None:
-        accelerator.print(
-            f"step {state.global_step + 1}: the gradient was NaN or infinite, the weights stay as they are "
-            f"(example numbers on this process: {indices})"
-        )
-    if skipped_steps >= limit:
-        raise UserError(
-            f"{skipped_steps} steps in a row up to step {state.global_step + 1} had NaN or infinite gradients; the "
-            "last checkpoint is intact. Lower optim.learning_rate, or use bf16 or no mixed precision instead of fp16."
-        )
 
 
 @dataclass
@@ -298,7 +207,8 @@ class Meter:
             "eta_seconds": round((state.max_steps - state.global_step) * self.seconds_per_step, 1),
         }
         self.reset()
-        return logs
+        # JSON knows no NaN; what wasn't a number is said in the message about the skipped step.
+        return {name: value for name, value in logs.items() if math.isfinite(value)}
 
 
 @dataclass

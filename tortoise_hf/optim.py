@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from tortoise_hf.config import OptimConfig
+from tortoise_hf.distributed import to_full
 
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -54,9 +55,16 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.T
     Call it on unscaled gradients, once per optimizer step. Source: the reference trainer clips the two groups apart.
 
     Returns:
-        (G,) norms before clipping, one per group, on the gradients' device.
+        (G,) norms before clipping, one per group, on the gradients' device; of the whole gradients where weights are
+        sharded.
     """
-    return torch.stack([torch.nn.utils.clip_grad_norm_(group["params"], max_norm) for group in _groups(optimizer)])
+    return torch.stack([_clip(group["params"], max_norm) for group in _groups(optimizer)])
+
+
+def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    norm = to_full(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict]:
@@ -68,22 +76,40 @@ def lr_factor(step: int, cfg: OptimConfig, max_steps: int) -> float:
 
     Args:
         step: finished optimizer steps, from 0.
-        cfg: schedule and its settings.
+        cfg: schedule and its settings; without a schedule the rate is constant.
         max_steps: optimizer steps of the whole run.
     """
-    if step < cfg.warmup_steps:
-        return (step + 1) / cfg.warmup_steps
+    warmup_steps, milestones = cfg.warmup_steps or 0, cfg.milestones or ()
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if cfg.lr_schedule == "multistep":
-        return cfg.gamma ** sum(step >= milestone for milestone in cfg.milestones)
+        return cfg.gamma ** sum(step >= milestone for milestone in milestones)
+    if cfg.lr_schedule == "tortoise_multistep":
+        return reference_factor(step + 1, milestones, cfg.gamma)
     if cfg.lr_schedule == "inverse_sqrt":
         # The usual form: it falls with the root of the step number, from wherever warm-up ended.
-        return math.sqrt(max(1, cfg.warmup_steps) / (step + 1))
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, max_steps - cfg.warmup_steps))
+        return math.sqrt(max(1, warmup_steps) / (step + 1))
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     if cfg.lr_schedule == "linear":
         return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 - progress)
     if cfg.lr_schedule == "cosine":
         return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     return 1.0
+
+
+def reference_factor(step: int, milestones: Sequence[int], gamma: float, start_step: int = 0) -> float:
+    """Share of the learning rate at a step of the reference trainer's MultiStepLR.
+
+    That trainer sets the schedule's counter to the step's number and then advances it, so milestone m acts at step
+    m - 1; one that would act before the first step is missed, one listed twice acts twice.
+
+    Args:
+        step: the step's number; the first is `start_step` + 1.
+        milestones: as in its settings file (`gen_lr_steps`).
+        gamma: the factor.
+        start_step: 0, or -1 where the reference trainer makes a step number 0.
+    """
+    return gamma ** sum(start_step + 1 <= milestone - 1 <= step for milestone in milestones)
 
 
 def build_lr_scheduler(

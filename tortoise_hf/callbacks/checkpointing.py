@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from tortoise_hf.checkpoint import rotate_checkpoints, save_checkpoint
+from tortoise_hf.checkpoint import check_space, rotate_checkpoints, save_checkpoint
+from tortoise_hf.distributed import raise_together
+from tortoise_hf.errors import UserError
 
 
 class CheckpointCallback(TrainerCallback):
@@ -20,14 +23,26 @@ class CheckpointCallback(TrainerCallback):
         self.keep_last = keep_last
         self.saved_step: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run starts on a step that is on disk already."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Refuse to begin what the disk has no room for; a resumed run starts on a step that is on disk already.
+
+        Raises:
+            UserError: on every process, with the figures.
+        """
         self.saved_step = state.global_step if state.global_step > 0 else None
+        problem = None
+        num_weights = sum(parameter.numel() for parameter in model.parameters())
+        if self.accelerator.is_main_process:
+            try:
+                print(check_space(Path(args.output_dir), num_weights, args.optimizer_state, self.keep_last))
+            except UserError as error:
+                problem = str(error)
+        raise_together(self.accelerator, problem)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         """Ask for a save if this is the best evaluation so far (the one before the first step doesn't count)."""
         value = metrics[args.metric_for_best_model]
-        if state.global_step > 0 and (state.best_metric is None or value < state.best_metric):
+        if state.global_step > 0 and math.isfinite(value) and (state.best_metric is None or value < state.best_metric):
             control.should_save = True
         return control
 
@@ -44,7 +59,7 @@ class CheckpointCallback(TrainerCallback):
         output_dir = Path(args.output_dir)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = f"checkpoint-{state.global_step}"
-        save_checkpoint(output_dir, self.accelerator, model, optimizer, lr_scheduler, state)
+        save_checkpoint(output_dir, self.accelerator, model, optimizer, lr_scheduler, state, args.optimizer_state)
         self.saved_step = state.global_step
         if self.accelerator.is_main_process:
             rotate_checkpoints(output_dir, self.keep_last, {state.best_model_checkpoint or ""})

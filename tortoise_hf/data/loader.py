@@ -55,6 +55,11 @@ class TrainBatches:
         """Take the clips of `sampler`'s steps from `dataset` and put them together with `collate`."""
         self.dataset, self.sampler, self.collate, self.num_workers = dataset, sampler, collate, num_workers
 
+    def clip_id(self, index: int) -> str:
+        """Name of an example, for messages."""
+        names = getattr(self.dataset, "clip_ids", None)
+        return names[index] if names is not None else f"example {index}"
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that see every clip once."""
@@ -122,7 +127,9 @@ def build_batches(
         draws = ConditioningDraws(
             examples, mel_norms, data.num_conditioning_clips, data.conditioning_seconds, seed, pool
         )
-        return ExampleDataset(examples, draws)
+        dataset = ExampleDataset(examples, draws)
+        dataset.clip_ids = examples["clip_id"]
+        return dataset
 
     train_batches = TrainBatches(
         dataset_of(train_examples, None, training.seed),
