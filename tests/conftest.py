@@ -9,6 +9,7 @@ import pytest
 from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 
@@ -23,7 +24,7 @@ def reference_path(name: str) -> Path:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Top folder of the checkout."""
-    return Path(__file__).resolve().parents[1]
+    return REPOSITORY
 
 
 def golden_gpt(dropout: float = 0.0):
@@ -49,9 +50,13 @@ def golden_gpt(dropout: float = 0.0):
 
 
 def make_config(tmp_path: Path, **settings) -> Config:
-    """A config with test-sized defaults; `section__name=value` sets one setting."""
-    sections = {"data": {"root": "x"}, "model": {}, "optim": {"learning_rate": 1e-3}, "callbacks": {}}
+    """A config with test-sized defaults and nothing left to the plan; `section__name=value` sets one setting."""
+    sections = {"data": {"root": "x"}, "model": {"gradient_checkpointing": False}}
+    sections["optim"] = {"learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_steps": 0}
+    sections["callbacks"] = {"early_stopping_patience": 0}
     sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
+    sections["training"] |= {"eval_batch_size": 8, "num_train_epochs": 20}
+    sections["training"] |= {"logging_steps": 10, "eval_steps": 50, "save_steps": 50}
     for key, value in settings.items():
         section, name = key.split("__")
         sections[section][name] = value

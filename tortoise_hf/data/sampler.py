@@ -106,16 +106,19 @@ class StepSampler:
         """
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))
-        num_full = len(order) // self.batch_size
-        # Whole steps only: sorted together with the rest, the left-over clips would always be the longest or shortest.
-        grouped, rest = np.split(order, [num_full * self.batch_size])
-        pool_size = max(1, POOL_CLIPS // self.batch_size) * self.batch_size
-        pools = [grouped[start : start + pool_size] for start in range(0, len(grouped), pool_size)]
         blurred = self.lengths * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(order))
-        ordered = [pool[np.argsort(blurred[pool])] for pool in pools]
-        steps = [step for pool in ordered for step in np.split(pool, len(pool) // self.batch_size)]
+        num_full, num_rest = divmod(len(order), self.batch_size)
+        pool_size = max(1, POOL_CLIPS // self.batch_size) * self.batch_size
+        # What doesn't fill a pool joins the last one.
+        cuts = range(pool_size, num_full * self.batch_size, pool_size)
+        pools = [pool[np.argsort(blurred[pool])] for pool in np.split(order, list(cuts))]
+        # The clips left over are a run of similar lengths too, from anywhere: not always the longest or the shortest.
+        last = pools[-1]
+        start = rng.integers(len(last) // self.batch_size + 1) * self.batch_size
+        rest, pools[-1] = last[start : start + num_rest], np.delete(last, slice(start, start + num_rest))
+        steps = [step for pool in pools if len(pool) for step in np.split(pool, len(pool) // self.batch_size)]
         steps = [steps[i] for i in rng.permutation(num_full)]
-        return [*steps, rest] if len(rest) else steps
+        return [*steps, rest] if num_rest else steps
 
     def deal(self, clips: np.ndarray) -> list[list[np.ndarray]]:
         """Share one step's clips out: for every process its micro-batches, some perhaps empty.
