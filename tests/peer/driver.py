@@ -128,7 +128,23 @@ def front_ends(task, folder, inputs):
     }
 
 
-TASKS = {task.__name__: task for task in (layouts, speak, save, front_ends)}
+def condition(task, folder, inputs):
+    """Conditioning vectors of groups of recordings, from the files on: as api.py's get_conditioning_latents does it."""
+    from tortoise.api import format_conditioning
+    from tortoise.utils.audio import load_audio
+
+    model = build(task)
+    error = load_strictly(model, task["weights"])
+    assert error is None, error
+    vectors = []
+    with torch.no_grad():
+        for clips in task["groups"]:
+            mels = [format_conditioning(load_audio(path, 22050), device="cpu") for path in clips]
+            vectors.append(model.get_conditioning(torch.stack(mels, dim=1)))
+    return {"latents": torch.cat(vectors)}, {}
+
+
+TASKS = {task.__name__: task for task in (layouts, speak, save, front_ends, condition)}
 
 
 def main():

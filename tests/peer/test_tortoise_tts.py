@@ -9,8 +9,9 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, golden_gpt
+from conftest import GOLDEN, golden_gpt, make_config
 from safetensors.torch import load_file, save_file
+from speaking import all_clips_in_one_batch, first_position, training_batch
 from torch.optim import AdamW
 
 from tortoise_hf.audio import LogMel, load_waveform
@@ -71,7 +72,7 @@ def base(tmp_path_factory):
 
 
 def reference_rows(config, inputs):
-    """Input rows and targets as the peer's forward pass builds them: all padding is STOP and counts (SPEC 1.5)."""
+    """Input rows and targets as the peer's forward pass builds them: all padding is STOP and counts."""
     text = F.pad(inputs["text"][:, : inputs["text_lengths"].max()], (0, 1), value=config.stop_text_id)
     codes = inputs["mel_codes"][:, : inputs["wav_lengths"].max() // 1024].clone()
     for row, samples in zip(codes, inputs["wav_lengths"], strict=True):
@@ -310,12 +311,7 @@ def test_tokenizer_and_mel_front_end_are_the_peers(peer, clips, tmp_path):
     assert len(sentences) == 50
     task = {"texts": sentences, "clips": {name: str(path) for name, path in clips.items()}}
     theirs, answer = peer.run("front_ends", tmp_path / "run", **task)
-    data = next(peer.peer.python.parents[1].glob("lib/python*/site-packages/tortoise/data"))
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    for name in ("tokenizer.json", "mel_norms.pth"):
-        (weights / name).write_bytes((data / name).read_bytes())
-    files = _released_front_ends(weights, tmp_path)
+    files = _released_front_ends(_peers_files(peer, tmp_path), tmp_path)
     tokenizer = load_tokenizer(files)
     assert tokenizer.vocab_size == 255
     assert [tokenizer.encode(text, clean_text) for text in sentences] == answer["ids"]
@@ -329,6 +325,16 @@ def test_tokenizer_and_mel_front_end_are_the_peers(peer, clips, tmp_path):
         torch.testing.assert_close(mel, theirs[f"mel.{name}"], rtol=0, atol=1e-4)
 
 
+def _peers_files(peer, tmp_path):
+    """A folder with the released tokenizer and norms, out of the peer's package."""
+    data = next(peer.peer.python.parents[1].glob("**/site-packages/tortoise/data"))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("tokenizer.json", "mel_norms.pth"):
+        (weights / name).write_bytes((data / name).read_bytes())
+    return weights
+
+
 def _released_front_ends(weights, tmp_path):
     """The released tokenizer and norms through the same door as in a run: pinned hashes, then our readers."""
     base = tmp_path / "base"
@@ -337,6 +343,28 @@ def _released_front_ends(weights, tmp_path):
     assert "compared with pinned" in files.origins["tokenizer"]
     assert "compared with pinned" in files.origins["mel_norms"]
     return files
+
+
+def test_training_conditions_on_a_speaker_as_the_peer_speaks_with_one(peer, trained, exports, tiny_voice, tmp_path):
+    """The vector in front of a training row is the one tortoise-tts computes from the same recordings."""
+    voice = tiny_voice(5)
+    # 22 050 Hz, 16 bit: what the peer's wav reader takes
+    cfg = make_config(tmp_path, data__root=str(voice), data__cache_dir=str(tmp_path / "cache"))
+    found = training_batch(
+        all_clips_in_one_batch(cfg), _released_front_ends(_peers_files(peer, tmp_path), tmp_path), trained.config, voice
+    )
+    task = {
+        "peer_config": peer_config(trained.config),
+        "weights": str(exports["float32 without buffers"]),
+        "groups": [[str(path) for path in clips] for clips in found.conditioning_clips],
+    }
+    theirs, _ = peer.run("condition", tmp_path / "run", **task)
+    ours, _ = first_position(trained, found.batch)
+    assert ours.shape == (5, trained.config.hidden_size)
+    # Cached mels are float16.
+    torch.testing.assert_close(ours, theirs["latents"], rtol=0, atol=0.02)
+    spread = (ours[:, None] - ours[None]).abs().amax(-1).max()
+    assert spread > 0.1  # other recordings give other vectors
 
 
 def test_peer_reads_a_tokenizer_of_ours(peer, tmp_path):
