@@ -15,8 +15,10 @@ from transformers import TrainerCallback
 from tortoise_hf.errors import Interrupted
 
 PATIENCE_SECONDS = 1.0
-"""A launcher passes the user's Ctrl-C on as a SIGTERM of its own; only a signal later than this counts as a second
+"""A launcher passes the user's Ctrl-C on as a signal of its own; only a signal later than this counts as a second
 one."""
+LAUNCHER_PATIENCE_SECONDS = 3.0
+"""The same where torch's launcher watches several processes: it takes a moment to pass the signal on."""
 
 
 class InterruptCallback(TrainerCallback):
@@ -32,6 +34,9 @@ class InterruptCallback(TrainerCallback):
         self.received_at = 0.0
         self.stopping = 0
         self.previous: dict[int, Any] = {}
+        self.parent = os.getppid()
+        watched = "TORCHELASTIC_RUN_ID" in os.environ
+        self.patience = LAUNCHER_PATIENCE_SECONDS if watched else PATIENCE_SECONDS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the two signals; only a main thread may."""
@@ -41,10 +46,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask for a save if any process got a signal."""
-        self.stopping = self.received
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(self.received, device=self.accelerator.device)
-            self.stopping = int(self.accelerator.gather(flag).max())
+        self.stopping = self._agree()
         if self.stopping:
             control.should_save = True
         return control
@@ -56,8 +58,11 @@ class InterruptCallback(TrainerCallback):
             raise Interrupted(self.stopping)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the signals back."""
+        """Give the signals back; one that came during the last evaluation or save stops the run here."""
+        self.stopping = self._agree()
         self.give_signals_back()
+        if self.stopping:
+            raise Interrupted(self.stopping)
 
     def give_signals_back(self) -> None:
         """Restore the handlers found at the start."""
@@ -65,8 +70,17 @@ class InterruptCallback(TrainerCallback):
             signal.signal(number, handler)
         self.previous = {}
 
+    def _agree(self) -> int:
+        """The signal that any process got; 0 for none."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        return int(self.accelerator.gather(torch.tensor(self.received, device=self.accelerator.device)).max())
+
     def _note(self, number: int, frame: Any) -> None:
-        if self.received and time.monotonic() - self.received_at > PATIENCE_SECONDS:
+        # The launcher's death sends a signal as well (see machine.py); the user has asked once for all that.
+        launcher_died = self.parent != os.getppid()
+        self.parent = os.getppid()
+        if self.received and not launcher_died and time.monotonic() - self.received_at > self.patience:
             os._exit(128 + number)
         if not self.received:
             self.received, self.received_at = number, time.monotonic()
