@@ -237,6 +237,17 @@ def test_epoch_strategies(tmp_path):
     assert set(recorder.steps_of("save")) == {3, 6}
 
 
+def test_a_last_step_found_best_after_it_was_saved_counts_as_the_best(tmp_path):
+    cfg = make_config(
+        tmp_path, training__eval_strategy="epoch", training__save_steps=1, optim__lr_schedule="constant"
+    )
+    state, _ = run_training(cfg, num_clips=10, max_steps=4)  # 3 steps an epoch: the last evaluation comes after all
+    assert state.best_global_step == 4
+    assert state.best_model_checkpoint == "checkpoint-4"
+    saved = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["best_global_step"] == 4
+
+
 def test_strategy_no_still_saves_the_end(tmp_path):
     recorder = Recorder()
     cfg = make_config(tmp_path, training__eval_strategy="no", training__save_strategy="no")

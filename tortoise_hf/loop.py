@@ -100,10 +100,9 @@ def train(
             control = events.on_epoch_end(args, state, control)
         # One answer to both: a run stopped by a signal leaves here and must not owe the epoch its evaluation.
         control = answer(control)
-    if meter.steps > 0:
-        control = answer(control, log=True)
-    if last_evaluated != state.global_step and args.eval_strategy != "no" and len(eval_batches):
-        control = run_evaluation(cfg, accelerator, unwrapped, eval_batches, events, state, control)
+    if last_evaluated != state.global_step and args.eval_strategy != "no":
+        control.should_evaluate = True
+    control = answer(control, log=meter.steps > 0)
     remember_callbacks(state, callbacks, meter.state())
     events.on_train_end(args, state, control)
     return state
