@@ -26,12 +26,12 @@ def fine_tune(cfg: Config) -> None:
     from tortoise_hf.callbacks import build_callbacks
     from tortoise_hf.data.loader import build_batches
     from tortoise_hf.loop import train
-    from tortoise_hf.machine import describe, start_accelerator
+    from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
     from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
     from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-    from tortoise_hf.preparation import prepare_base_and_data
-    from tortoise_hf.run import check_run_folder, fingerprint, finish_run, open_run, start_or_resume
-    from tortoise_hf.summary import REPORT_NAME, closing_lines, opening_lines
+    from tortoise_hf.preparation import make_plan, prepare_base_and_data
+    from tortoise_hf.run import check_run_folder, fingerprint, finish_run, open_run, start_or_resume, write_report
+    from tortoise_hf.summary import closing_lines, opening_lines
 
     started = time.perf_counter()
     check_run_folder(cfg)
@@ -39,21 +39,21 @@ def fine_tune(cfg: Config) -> None:
     accelerator.print(describe(accelerator))
 
     # The main process unpacks, fetches and prepares; the others then find everything cached.
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         files, data = prepare_base_and_data(cfg, accelerator)
     accelerator.print(data.report.summary())
 
     model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
-    if cfg.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    batches, eval_batches = build_batches(
-        cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config
-    )
+    plan = make_plan(cfg, accelerator, files, data, model)
+    accelerator.print(plan.table())
+    cfg = plan.config
+    set_gradient_checkpointing(model, cfg.model.gradient_checkpointing)
+    batches, eval_batches = build_batches(cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config)
     data_fingerprint = fingerprint(data.train["clip_id"], data.train["num_samples"])
-    run_folder = open_run(cfg, accelerator, data_fingerprint, len(data.train), batches.steps_per_epoch)
+    run_folder = open_run(cfg, accelerator, data_fingerprint, len(data.train), batches.steps_per_epoch, plan.to_dict())
     if accelerator.is_main_process:
-        (run_folder.output_dir / REPORT_NAME).write_text(data.report.to_json(), encoding="utf-8")
-        print(opening_lines(cfg, run_folder, model, batches, accelerator.num_processes))
+        write_report(cfg, data.report)
+        print(opening_lines(cfg, run_folder, model, batches))
 
     model.to(accelerator.device)
     optimizer = build_optimizer(model, cfg.optim)

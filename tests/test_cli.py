@@ -36,6 +36,12 @@ def test_files_and_flags_merge_left_to_right(recipe, tmp_path):
     assert cfg.data.root == "recordings"
 
 
+def test_cadence_takes_steps_and_shares(recipe):
+    cfg = load_config(["--config", str(recipe), "--training.eval_steps", "0.1", "--training.save_steps", "25"], "x")
+    assert (cfg.training.eval_steps, cfg.training.save_steps, cfg.training.logging_steps) == (0.1, 25, None)
+    assert isinstance(cfg.training.save_steps, int)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -44,7 +50,10 @@ def test_files_and_flags_merge_left_to_right(recipe, tmp_path):
         (["--optim.learning_rate", "-1"], "optim.learning_rate must be above 0, got -1.0"),
         (["--data.padding", "zeros"], "expected one of 'mask', 'stop', got zeros"),
         (["--training.batch_size", "1.5"], "expected a value of type int, got 1.5"),
-        (["--training.save_steps", "0"], "training.save_steps must be 1 or more, got 0; switch it off"),
+        (["--training.save_steps", "0"], "1 or more, or a share of the run below 1, got 0; switch it off"),
+        (["--training.eval_steps", "often"], '"training.eval_steps": expected a value of type int or float, got often'),
+        (["--optim.lr_schedule", "wavy"], "'inverse_sqrt', got wavy"),
+        (["--optim.milestones", "[1,x]"], "expected a value of type int, got [1, 'x']"),
         (["stray"], "stray"),
     ],
 )

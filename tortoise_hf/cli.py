@@ -43,6 +43,13 @@ def _tidy(message: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = text.replace("Expected a one of", "expected one of").replace("Expected a ", "expected a value of type ")
     text = text.replace(". Got value:", ", got")
+    optional = re.fullmatch(
+        r"(.*): Does not validate .* Errors: - (.*) - .*NoneType Given value type: .* value: (.*)", text
+    )
+    if optional:
+        key, expected, value = optional.groups()
+        expected = re.sub(r", got .*", "", expected.replace(" - expected a value of type", " or"))
+        text = f"{key}: {expected}, got {value}"
     unknown = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", text)
     if unknown:
         return f"{unknown[1]}.{unknown[2]} is not a setting{_suggest(f'{unknown[1]}.{unknown[2]}')}"

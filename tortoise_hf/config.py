@@ -1,7 +1,8 @@
 """Everything a user can set: its meaning, its unit and its default.
 
 Five sections (`data`, `model`, `optim`, `training`, `callbacks`) of frozen dataclasses. `cli.py` fills them from YAML
-files and flags; tests and notebooks build them directly. Only the standard library is imported here.
+files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is chosen by the plan
+(`plan.py`). Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ MAX_MODEL_TEXT_IDS = 402
 """Text ids of the released model's position table (its max_text_tokens)."""
 MAX_MODEL_MEL_CODES = 604
 """Mel codes of the released model's position table (max_mel_tokens)."""
+
+PLANNED = (
+    "training.num_train_epochs", "training.max_steps", "training.batch_size", "training.micro_batch_size",
+    "training.eval_batch_size", "training.logging_steps", "training.eval_steps", "training.save_steps",
+    "model.gradient_checkpointing", "optim.lr_schedule", "optim.warmup_steps", "optim.milestones",
+    "callbacks.early_stopping_patience",
+)  # fmt: skip
+"""Settings that may be left to the plan."""
 
 
 def default_cache_dir() -> str:
@@ -132,8 +141,8 @@ class ModelConfig:
     """Another tokenizer.json than base's; tokens both know keep their embeddings. Left out: base's own."""
     from_scratch: bool = False
     """Start from random weights of base's size instead of its weights."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: about a third slower, far less memory. Left out: the plan chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +161,18 @@ class OptimConfig:
     """AdamW: added to the denominator."""
     max_grad_norm: float = 4.0
     """Largest L2 norm of the gradients of each parameter group; larger ones are scaled down to it."""
-    lr_schedule: Literal["constant", "linear", "cosine", "multistep", "inverse_sqrt"] = "cosine"
-    """How the learning rate falls over the run."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the learning rate rises linearly from 0."""
-    milestones: tuple[int, ...] = ()
-    """Schedule multistep: optimizer steps after which the learning rate is multiplied by gamma."""
+    lr_schedule: Literal["constant", "linear", "cosine", "multistep", "tortoise_multistep", "inverse_sqrt"] | None = (
+        None
+    )
+    """How the learning rate falls over the run; tortoise_multistep is the reference trainer's multistep, whose
+    milestones act two steps earlier. Left out: the plan chooses."""
+    warmup_steps: int | None = None
+    """Optimizer steps over which the learning rate rises linearly from 0. Left out: the plan chooses."""
+    milestones: tuple[int, ...] | None = None
+    """Schedules multistep: optimizer steps after which the learning rate is multiplied by gamma. Left out: the plan
+    chooses."""
     gamma: float = 0.5
-    """Schedule multistep: the factor."""
+    """Schedules multistep: the factor."""
     min_lr_ratio: float = 0.0
     """Schedules linear and cosine: the last learning rate, as a share of learning_rate."""
     text_loss_weight: float = 0.01
@@ -175,14 +188,10 @@ class OptimConfig:
             _require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
         _require(self.eps > 0, f"optim.eps must be above 0, got {self.eps}")
         _require(self.max_grad_norm > 0, f"optim.max_grad_norm must be above 0, got {self.max_grad_norm}")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        _require((self.warmup_steps or 0) >= 0, f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
         _require(
-            self.lr_schedule != "multistep" or len(self.milestones) > 0,
-            "optim.lr_schedule multistep needs optim.milestones, for instance [500, 1000, 1400, 1800]",
-        )
-        _require(
-            all(step >= 1 for step in self.milestones),
-            f"optim.milestones must be optimizer steps of 1 or more, got {list(self.milestones)}",
+            all(step >= 1 for step in self.milestones or ()),
+            f"optim.milestones must be optimizer steps of 1 or more, got {list(self.milestones or ())}",
         )
         _require(0 < self.gamma <= 1, f"optim.gamma must be in (0, 1], got {self.gamma}")
         _require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
@@ -200,31 +209,37 @@ class TrainingConfig:
 
     output_dir: str
     """Folder of the run: checkpoints, log, exported model."""
-    max_steps: int = -1
-    """Optimizer steps of the run; -1 takes num_train_epochs instead."""
-    num_train_epochs: int = 20
-    """Times every clip is seen, when max_steps is -1."""
-    batch_size: int = 128
-    """Clips per optimizer step, over all processes and micro-batches. Source of the default: the Colab guide."""
-    micro_batch_size: int = 8
-    """Most clips one device works on at once; the rest of its share is accumulated."""
-    eval_batch_size: int = 8
-    """Clips one device evaluates at once; the result doesn't depend on it."""
-    logging_steps: int = 10
-    """Optimizer steps between two log lines."""
+    plan: Literal["auto", "tortoise"] = "auto"
+    """Who chooses what is left out: auto goes by the clips and by a measurement on this machine, tortoise by the
+    calculator of the Colab guide."""
+    max_steps: int | None = None
+    """Optimizer steps of the run; wins over num_train_epochs. Left out: num_train_epochs decides."""
+    num_train_epochs: int | None = None
+    """Times every clip is seen. Left out: the plan chooses."""
+    batch_size: int | None = None
+    """Clips per optimizer step, over all processes and micro-batches. Left out: the plan chooses."""
+    micro_batch_size: int | None = None
+    """Most clips one device works on at once; the rest of its share is accumulated. Left out: the plan chooses."""
+    eval_batch_size: int | None = None
+    """Clips one device evaluates at once; the result doesn't depend on it. Left out: as many as it trains on."""
+    logging_strategy: Literal["steps", "epoch"] = "steps"
+    """Log every logging_steps or after every epoch; the first step is always logged."""
+    logging_steps: int | float | None = None
+    """Optimizer steps between two log lines; a number below 1 is a share of the run. Left out: the plan chooses."""
     eval_strategy: Literal["no", "steps", "epoch"] = "steps"
     """Evaluate every eval_steps, after every epoch, or never."""
-    eval_steps: int = 50
-    """Optimizer steps between two evaluations. One more comes before the first step and one after the last."""
+    eval_steps: int | float | None = None
+    """Optimizer steps between two evaluations; a number below 1 is a share of the run. One more comes before the first
+    step and one after the last. Left out: the plan chooses."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """Save a checkpoint every save_steps, after every epoch, or only at the end (no)."""
-    save_steps: int = 50
-    """Optimizer steps between two checkpoints."""
+    save_steps: int | float | None = None
+    """Optimizer steps between two checkpoints; a number below 1 is a share of the run. Left out: the plan chooses."""
     save_total_limit: int = 2
     """Newest checkpoints kept; the best one is kept besides."""
     optimizer_state: Literal["full", "8bit", "none"] = "full"
-    """What a checkpoint keeps of AdamW's memory: all of it (a resumed run is exact), rounded to 8 bits (a quarter of the
-    bytes; nearly exact), or nothing (a resumed run has to gather it anew)."""
+    """What a checkpoint keeps of AdamW's memory: all of it (a resumed run is exact), rounded to 8 bits (a quarter of
+    the bytes; nearly exact), or nothing (a resumed run has to gather it anew)."""
     resume: str = "auto"
     """auto: go on where the run in output_dir stopped, if there is one. never: refuse a folder that holds a run.
     Otherwise the folder of a checkpoint to go on from."""
@@ -233,30 +248,24 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; `ValueError` names the key."""
-        _require(
-            self.max_steps == -1 or self.max_steps >= 1,
-            f"training.max_steps must be 1 or more, or -1 for training.num_train_epochs, got {self.max_steps}",
-        )
-        for name in (
-            "num_train_epochs",
-            "batch_size",
-            "micro_batch_size",
-            "eval_batch_size",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-        ):
+        sizes = ("batch_size", "micro_batch_size", "eval_batch_size")
+        for name in ("max_steps", "num_train_epochs", *sizes, "save_total_limit"):
             value = getattr(self, name)
-            hint = "; switch it off with strategy no" if name in ("eval_steps", "save_steps") else ""
-            _require(value >= 1, f"training.{name} must be 1 or more, got {value}{hint}")
+            _require(value is None or value >= 1, f"training.{name} must be 1 or more, got {value}")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            hint = "" if name == "logging_steps" else "; switch it off with strategy no"
+            _require(
+                value is None or 0 < value < 1 or (value >= 1 and value == int(value)),
+                f"training.{name} must be a whole number of steps, 1 or more, or a share of the run below 1, "
+                f"got {value}{hint}",
+            )
         _require(self.seed >= 0, f"training.seed must be 0 or more, got {self.seed}")
 
     # What transformers' callbacks read from TrainingArguments besides the fields above.
     metric_for_best_model = "eval_loss"
     greater_is_better = False
     load_best_model_at_end = True  # EarlyStoppingCallback only asks whether best models are tracked; they are.
-    logging_strategy = "steps"
     logging_first_step = True
     eval_delay = 0
     report_to = ()
@@ -285,15 +294,16 @@ class CallbackConfig:
     """Show a progress bar."""
     tensorboard: bool = False
     """Write TensorBoard logs (needs the tensorboard extra)."""
-    early_stopping_patience: int = 0
-    """Evaluations without improvement after which the run ends; 0 never ends it early."""
+    early_stopping_patience: int | None = None
+    """Evaluations without improvement after which the run ends; 0 never ends it early. Left out: the plan chooses."""
     early_stopping_threshold: float = 0.0
     """Smallest fall of the eval loss that counts as an improvement, in nats."""
 
     def __post_init__(self) -> None:
         """Check ranges; `ValueError` names the key."""
         for name in ("early_stopping_patience", "early_stopping_threshold"):
-            _require(getattr(self, name) >= 0, f"callbacks.{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"callbacks.{name} must be 0 or more, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,5 +319,21 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as a YAML file would hold them."""
         values = dataclasses.asdict(self)
-        values["optim"]["milestones"] = list(self.optim.milestones)
+        if self.optim.milestones is not None:
+            values["optim"]["milestones"] = list(self.optim.milestones)
         return values
+
+    def get(self, key: str) -> Any:
+        """Value of `section.name`."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+    def having(self, values: dict[str, Any]) -> Config:
+        """A copy with other values, given as `section.name: value`."""
+        changes: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, name = key.split(".")
+            changes.setdefault(section, {})[name] = value
+        return dataclasses.replace(
+            self, **{name: dataclasses.replace(getattr(self, name), **new) for name, new in changes.items()}
+        )

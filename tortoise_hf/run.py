@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tortoise_hf.checkpoint import (
     restore_callbacks,
 )
 from tortoise_hf.config import Config
+from tortoise_hf.data.check import DatasetReport
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.models.gpt import TortoiseGPT
@@ -28,8 +29,10 @@ from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
 
 RUN_FILE = "run.json"
 EXPORT_DIR = "export"
+REPORT_NAME = "dataset_report.json"
+"""Written by `scripts/prepare.py` too, so a folder that holds nothing else is still free."""
 FIXED_SETTINGS = ("data.padding", "data.num_conditioning_clips", "data.conditioning_seconds", "model.base",
-                  "model.from_scratch", "training.batch_size", "training.seed")  # fmt: skip
+                  "model.from_scratch", "training.plan", "training.batch_size", "training.seed")  # fmt: skip
 """Settings a run can't change half-way without becoming another run. Micro-batch size, processes, learning rate and
 length may change."""
 
@@ -47,6 +50,8 @@ class Run:
     """Where to go on; None begins at step 0."""
     finished_step: int | None
     """Last step of a run that ended by itself; None if it is under way."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """How the settings came about, as `Plan.to_dict` gave it when the run began."""
 
 
 def fingerprint(clip_ids: Iterable[str], num_samples: Iterable[int]) -> str:
@@ -64,9 +69,9 @@ def check_run_folder(cfg: Config) -> None:
         UserError: if the folder holds something else, or a run while `training.resume` is never.
     """
     output_dir = Path(cfg.training.output_dir)
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
-        return
     if not output_dir.exists():
+        return
+    if output_dir.is_dir() and all(path.name == REPORT_NAME for path in output_dir.iterdir()):
         return
     if not (output_dir / RUN_FILE).is_file():
         raise UserError(
@@ -80,19 +85,48 @@ def check_run_folder(cfg: Config) -> None:
         )
 
 
+def read_record(cfg: Config) -> dict[str, Any] | None:
+    """What is known of the run that goes on: of the one in output_dir, else of the checkpoint's that `resume` names.
+
+    Raises:
+        UserError: if the record can't be read.
+    """
+    folders = [Path(cfg.training.output_dir)]
+    if cfg.training.resume not in ("auto", "never"):
+        folders.append(Path(cfg.training.resume).resolve().parent)
+    for path in (folder / RUN_FILE for folder in folders):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} can't be read ({error}); bring it back, or name another folder.") from error
+    return None
+
+
 def open_run(
-    cfg: Config, accelerator: Accelerator, data_fingerprint: str, num_train_clips: int, steps_per_epoch: int
+    cfg: Config,
+    accelerator: Accelerator,
+    data_fingerprint: str,
+    num_train_clips: int,
+    steps_per_epoch: int,
+    plan: dict[str, Any] | None = None,
 ) -> Run:
     """Decide where to begin and note down what the run is; every process calls it.
+
+    Args:
+        cfg: settings without gaps.
+        accelerator: of this process.
+        data_fingerprint: see `fingerprint`.
+        num_train_clips: clips trained on.
+        steps_per_epoch: optimizer steps that see every clip once.
+        plan: how the settings came about; noted down with them.
 
     Raises:
         UserError: if settings or data changed so that going on would not continue the run in this folder, or the
             checkpoint named by `training.resume` isn't sound.
     """
     output_dir, resume = Path(cfg.training.output_dir), cfg.training.resume
-    max_steps = cfg.training.max_steps
-    if max_steps == -1:
-        max_steps = cfg.training.num_train_epochs * steps_per_epoch
+    max_steps = cfg.training.max_steps or cfg.training.num_train_epochs * steps_per_epoch
     checkpoint, finished_step = None, None
     record_path = output_dir / RUN_FILE
     if record_path.is_file():
@@ -104,7 +138,7 @@ def open_run(
             finished_step = None
     if resume not in ("auto", "never"):
         checkpoint, finished_step = _named_checkpoint(Path(resume)), None
-    run = Run(output_dir, max_steps, data_fingerprint, num_train_clips, checkpoint, finished_step)
+    run = Run(output_dir, max_steps, data_fingerprint, num_train_clips, checkpoint, finished_step, plan or {})
     accelerator.wait_for_everyone()  # nobody reads the record any more
     if accelerator.is_main_process:
         write_record(run, cfg)
@@ -122,7 +156,7 @@ def _refuse_changes(cfg: Config, record: dict[str, Any], data_fingerprint: str, 
     now, then = cfg.to_dict(), record["config"]
     for key in FIXED_SETTINGS:
         section, name = key.split(".")
-        if now[section][name] != then[section][name]:
+        if now[section][name] != then[section].get(name, now[section][name]):
             raise UserError(
                 f"{output_dir} was begun with {key} {then[section][name]}, and now it is {now[section][name]}; the run "
                 "can't go on like that. Set it back, or name another training.output_dir."
@@ -146,6 +180,7 @@ def write_record(run: Run, cfg: Config) -> None:
         "num_train_clips": run.num_train_clips,
         "max_steps": run.max_steps,
         "finished_step": run.finished_step,
+        "plan": run.plan,
     }
     try:
         run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -155,6 +190,22 @@ def write_record(run: Run, cfg: Config) -> None:
     except OSError as error:
         raise UserError(
             f"training.output_dir {run.output_dir} can't be written ({error.strerror or error}); name another folder."
+        ) from error
+
+
+def write_report(cfg: Config, report: DatasetReport) -> None:
+    """Store what the check of the dataset found; the main process calls it.
+
+    Raises:
+        UserError: if the folder can't be written.
+    """
+    path = Path(cfg.training.output_dir) / REPORT_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"training.output_dir {path.parent} can't be written ({error.strerror or error}); name another folder."
         ) from error
 
 

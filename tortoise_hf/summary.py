@@ -11,42 +11,18 @@ from tortoise_hf.config import Config
 from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.export import ExportReport
 from tortoise_hf.models.gpt import TortoiseGPT
-from tortoise_hf.run import EXPORT_DIR, Run
-
-REPORT_NAME = "dataset_report.json"
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 5 s` or `2 h 10 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+from tortoise_hf.plan import format_seconds
+from tortoise_hf.run import EXPORT_DIR, REPORT_NAME, Run
 
 
-def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatches, num_processes: int) -> str:
-    """Size of the model, of a step and of the run, where it begins, and what is unusual about it."""
-    training, clips = cfg.training, run.num_train_clips
+def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatches) -> str:
+    """Size of the model, padding, and where the run begins; the plan has said the rest."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_process = -(-min(training.batch_size, clips) // num_processes)
-    accumulated = -(-per_process // training.micro_batch_size)
     lines = [
         f"Model: {parameters:,} trained parameters, "
-        f"{'random weights' if cfg.model.from_scratch else f'weights of {cfg.model.base}'}.",
-        f"Run: {run.max_steps:,} optimizer steps of {training.batch_size} clips, {batches.steps_per_epoch:,} per epoch; "
-        f"{accumulated} micro-batch{'es' * (accumulated > 1)} of at most {training.micro_batch_size} on each of "
-        f"{num_processes} process{'es' * (num_processes > 1)}; {batches.sampler.padding_share():.1%} of positions are "
-        "padding.",
+        f"{'random weights' if cfg.model.from_scratch else f'weights of {cfg.model.base}'}; "
+        f"{batches.sampler.padding_share():.1%} of the positions it sees are padding.",
     ]
-    if clips < training.batch_size:
-        lines.append(
-            f"Warning: {clips} training clips are fewer than training.batch_size {training.batch_size}; every step "
-            "sees all of them."
-        )
     if run.finished_step is not None:
         lines.append(f"{run.output_dir} is complete.")
     elif run.checkpoint is not None:
@@ -99,4 +75,4 @@ def _places(run: Run, state: TrainerState) -> list[str]:
         ("dataset report", run.output_dir / REPORT_NAME, "clips used and left out, with reasons"),
     ]
     width = max(len(str(path)) for _, path, _ in rows)
-    return [f"  {name:<15}  {str(path):<{width}}  {note}" for name, path, note in rows]
+    return [f"  {name:<15}  {path!s:<{width}}  {note}" for name, path, note in rows]
