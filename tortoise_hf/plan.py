@@ -306,7 +306,7 @@ class _Resolver:
         self.choose_cadence(max_steps, calculation)
         self.choose_schedule(max_steps, calculation)
         patience = (0, "plan: the reference trainer never stops by itself") if calculation else (
-            PATIENCE, "plan: evaluations without improvement, a quarter of the run")  # fmt: skip
+            PATIENCE, "plan: so many evaluations without improvement end the run")  # fmt: skip
         self.choose("callbacks.early_stopping_patience", *patience)
         config = self.cfg.having(self.values)
         assert all(config.get(key) is not None for key in PLANNED if key != "optim.milestones")

@@ -14,6 +14,9 @@ from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.plan import format_seconds
 from tortoise_hf.run import EXPORT_DIR, REPORT_NAME, Run
 
+LEVEL = 0.005
+"""Relative change of the eval loss that counts as none."""
+
 
 def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatches) -> str:
     """Size of the model, padding, and where the run begins; the plan has said the rest."""
@@ -57,9 +60,48 @@ def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportRepo
         lines.append(report.summary())
     lines += _places(run, state)
     lines.append("Next:")
-    lines.append(f"  train longer: the same command with --training.max_steps {2 * run.max_steps}")
+    lines += [f"  {line}" for line in advise(found, state.global_step, run.max_steps, cfg.optim.learning_rate)]
     lines.append("  your own voice: copy configs/my_voice.yaml, name your recordings in it, and give it as --config")
     return "\n".join(lines)
+
+
+def advise(evaluations: list[dict[str, float]], last_step: int, max_steps: int, learning_rate: float) -> list[str]:
+    """What the curve of the eval loss says to do next, a sentence or two.
+
+    Args:
+        evaluations: log entries with `eval_loss`, oldest first; the one of step 0 is the base line.
+        last_step: where the run ended.
+        max_steps: where it was to end.
+        learning_rate: its highest.
+    """
+    longer = f"train longer: the same command with --training.max_steps {2 * max_steps}"
+    trained = [entry for entry in evaluations if entry["step"] > 0]
+    if not trained:
+        return [
+            "nothing was evaluated, so only listening tells; hold clips back with --data.eval_fraction 0.05",
+            longer,
+        ]
+    best, last = min(trained, key=lambda entry: entry["eval_loss"]), trained[-1]
+    baseline = next((entry["eval_loss"] for entry in evaluations if entry["step"] == 0), None)
+    if baseline is not None and best["eval_loss"] >= baseline:
+        return [
+            f"the eval loss never fell below that of the untrained start ({baseline:.3f}): try a tenth of the rate, "
+            f"--optim.learning_rate {learning_rate / 10:g}, in another --training.output_dir"
+        ]
+    if last["eval_loss"] > best["eval_loss"] * (1 + LEVEL):
+        return [
+            f"the eval loss was lowest at step {best['step']} of {last_step} and rose after it: more steps won't "
+            "help, and the export is from there",
+            f"more recordings help most; half the rate may, too: --optim.learning_rate {learning_rate / 2:g} in "
+            "another --training.output_dir",
+        ]
+    earlier = [entry for entry in evaluations if entry["step"] < last["step"]]
+    if not earlier or last["eval_loss"] < earlier[-1]["eval_loss"] * (1 - LEVEL):
+        return [f"the eval loss was still falling at step {last['step']}; {longer}"]
+    return [
+        f"the eval loss has levelled off since step {best['step'] if best is not last else earlier[-1]['step']}: more "
+        "recordings help more than more steps"
+    ]
 
 
 def _places(run: Run, state: TrainerState) -> list[str]:

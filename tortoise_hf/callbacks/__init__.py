@@ -9,6 +9,7 @@ from transformers.integrations import TensorBoardCallback
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
 from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
+from tortoise_hf.callbacks.overfitting import OverfittingCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
 from tortoise_hf.config import Config
 from tortoise_hf.errors import UserError
@@ -25,6 +26,7 @@ def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallba
         callbacks.append(
             EarlyStoppingCallback(cfg.callbacks.early_stopping_patience, cfg.callbacks.early_stopping_threshold)
         )
+    callbacks.append(OverfittingCallback())
     callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit), RunLogCallback()]
     callbacks.append(InterruptCallback(accelerator))
     if cfg.callbacks.tensorboard:
