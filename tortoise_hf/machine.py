@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -100,6 +100,7 @@ def _check_sharding(accelerator: Accelerator) -> None:
     if asked and accelerator.num_processes > 1 and kind == DistributedType.MULTI_CPU:
         # Accelerate shards on GPUs only and would go on unsharded without a word; torch can do it on CPUs as well.
         accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does it for GPUs
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate was told to use FSDP 1; set fsdp_version: 2 (see configs/accelerate/fsdp2.yaml).")

@@ -1,0 +1,88 @@
+"""A run that is killed and started again ends as one that was left alone: bit for bit, on 1 and 2 processes, sharded too."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import make_config
+from faults.harness import log_of, run, start
+from faults.tiny import train_tiny
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block",
+}
+
+
+def config_of(folder, **settings):
+    defaults = {
+        "data__num_conditioning_clips": 2,
+        "training__output_dir": str(folder),
+        "training__max_steps": 7,
+        "training__micro_batch_size": 1,  # two micro-batches per process and step, at two processes
+        "training__eval_batch_size": 4,
+        "training__logging_steps": 2,
+        "training__save_steps": 2,
+        "training__eval_steps": 4,
+        "callbacks__progress": False,
+        "callbacks__early_stopping_patience": 50,
+    }
+    return make_config(folder.parent, **{**defaults, **settings})
+
+
+class KillAfter(TrainerCallback):
+    """Kills its process, or all of them, after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_after_5(parts):
+    parts["callbacks"].insert(0, KillAfter(5))
+
+
+def files_of(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    rng = torch.load(checkpoint / "rng.pt", weights_only=True)
+    return weights, optimizer, rng
+
+
+def assert_equal_checkpoints(one, two):
+    for name in ("scheduler.json",):
+        assert (one / name).read_text() == (two / name).read_text()
+    (w1, o1, r1), (w2, o2, r2) = files_of(one), files_of(two)
+    assert w1.keys() == w2.keys()
+    assert all(torch.equal(w1[key], w2[key]) for key in w1)
+    assert o1["state"].keys() == o2["state"].keys()
+    assert len(o1["state"]) > 50
+    assert all(torch.equal(o1["state"][i][key], o2["state"][i][key]) for i in o1["state"] for key in o1["state"][i])
+    assert len(r1) == len(r2)
+    assert all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(r1, r2, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("plain", 1), ("DDP", 2), ("FSDP2", 2)])
+def test_killed_and_resumed_equals_unbroken(tmp_path, kind, processes):
+    env = FSDP if kind == "FSDP2" else None
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    results = run(tmp_path / "1", train_tiny, config_of(whole), num_processes=processes, env=env)
+    assert results[0]["kind"] == {"plain": "NO", "DDP": "MULTI_CPU", "FSDP2": "FSDP"}[kind]
+    killed = start(tmp_path / "2", train_tiny, config_of(broken), 9, kill_after_5, num_processes=processes, env=env)
+    assert killed.wait() == [-signal.SIGKILL] * processes
+    assert not (broken / "checkpoint-7").exists()
+    resumed = run(tmp_path / "3", train_tiny, config_of(broken), num_processes=processes, env=env)
+    assert_equal_checkpoints(whole / "checkpoint-7", broken / "checkpoint-7")
+    assert log_of(broken) == log_of(whole)
+    for one, two in zip(results, resumed, strict=True):
+        assert torch.equal(one["random"], two["random"])
