@@ -27,6 +27,7 @@ from tortoise_hf.data.sampler import StepSampler
 from tortoise_hf.errors import UserError
 from tortoise_hf.loop import train
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
+from tortoise_hf.plan import Facts, resolve
 from tortoise_hf.run import Run, start_or_resume
 from tortoise_hf.step import optimizer_step
 
@@ -238,14 +239,34 @@ def test_epoch_strategies(tmp_path):
 
 
 def test_a_last_step_found_best_after_it_was_saved_counts_as_the_best(tmp_path):
-    cfg = make_config(
-        tmp_path, training__eval_strategy="epoch", training__save_steps=1, optim__lr_schedule="constant"
-    )
+    cfg = make_config(tmp_path, training__eval_strategy="epoch", training__save_steps=1, optim__lr_schedule="constant")
     state, _ = run_training(cfg, num_clips=10, max_steps=4)  # 3 steps an epoch: the last evaluation comes after all
     assert state.best_global_step == 4
     assert state.best_model_checkpoint == "checkpoint-4"
     saved = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert saved["best_global_step"] == 4
+
+
+def test_logging_by_epoch_still_shows_the_first_step(tmp_path):
+    recorder = Recorder()
+    cfg = make_config(tmp_path, training__logging_strategy="epoch", training__eval_strategy="no")
+    state, _ = run_training(cfg, num_clips=10, max_steps=7, extra=[recorder])  # 3 steps an epoch
+    assert [entry["step"] for entry in state.log_history] == [1, 3, 6, 7]
+
+
+def test_logging_by_epoch_where_a_step_is_an_epoch(tmp_path):
+    cfg = make_config(tmp_path, training__logging_strategy="epoch", training__eval_strategy="no")
+    state, _ = run_training(cfg, num_clips=4, max_steps=3)
+    assert [entry["step"] for entry in state.log_history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0.25, [5, 10, 15, 20]), (0.3, [6, 12, 18, 20])])
+def test_a_share_of_the_run_is_a_cadence(tmp_path, every, steps):
+    recorder = Recorder()
+    open_cfg = make_config(tmp_path, training__eval_steps=every, training__max_steps=20)
+    cfg = resolve(open_cfg, Facts(10, 10, 1.0)).config
+    run_training(cfg, num_clips=10, max_steps=20, extra=[recorder])
+    assert recorder.steps_of("evaluate") == [0, *steps]
 
 
 def test_strategy_no_still_saves_the_end(tmp_path):

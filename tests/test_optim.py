@@ -5,7 +5,14 @@ import torch
 from conftest import GOLDEN, golden_gpt
 
 from tortoise_hf.config import OptimConfig
-from tortoise_hf.optim import build_lr_scheduler, build_optimizer, clip_gradients, lr_factor, parameter_groups
+from tortoise_hf.optim import (
+    build_lr_scheduler,
+    build_optimizer,
+    clip_gradients,
+    lr_factor,
+    parameter_groups,
+    reference_factor,
+)
 
 
 def test_groups_are_the_reference_trainers():
@@ -51,6 +58,37 @@ def test_each_group_is_clipped_by_itself():
 def test_schedules(settings, expected):
     cfg = OptimConfig(**settings)
     assert [lr_factor(step, cfg, max_steps=4) for step in range(5)] == pytest.approx(expected, abs=1e-6)
+
+
+GOLDEN_SCHEDULES = json.loads((GOLDEN / "lr_schedule.json").read_text())
+
+
+@pytest.mark.parametrize("golden", GOLDEN_SCHEDULES, ids=lambda golden: str(golden["milestones"]))
+def test_multistep_as_the_reference_trainer_has_it(golden):
+    for step, rate in golden["lr_at_step"]:
+        factor = reference_factor(step, golden["milestones"], golden["gamma"], golden["start_step"])
+        assert golden["base_lr"] * factor == pytest.approx(rate, rel=1e-12)
+        if golden["start_step"] == 0:
+            cfg = OptimConfig(
+                lr_schedule="tortoise_multistep", milestones=tuple(golden["milestones"]), gamma=golden["gamma"]
+            )
+            assert lr_factor(step - 1, cfg, max_steps=100) == factor
+
+
+def test_its_milestones_act_two_steps_earlier_than_ours():
+    ours = OptimConfig(lr_schedule="multistep", milestones=(10, 20))
+    theirs = OptimConfig(lr_schedule="tortoise_multistep", milestones=(12, 22))
+    assert [lr_factor(step, ours, 30) for step in range(30)] == [lr_factor(step, theirs, 30) for step in range(30)]
+
+
+@pytest.mark.parametrize(
+    "schedule", ["constant", "linear", "cosine", "multistep", "tortoise_multistep", "inverse_sqrt"]
+)
+def test_every_schedule_warms_up_alike(schedule):
+    cfg = OptimConfig(lr_schedule=schedule, warmup_steps=4, milestones=(50,))
+    assert [lr_factor(step, cfg, 100) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1], abs=0.11)
+    assert [lr_factor(step, cfg, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert all(0 <= lr_factor(step, cfg, 100) <= 1 for step in range(101))
 
 
 def test_scheduler_sets_the_rate_of_the_coming_step():

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from accelerate import Accelerator
@@ -7,9 +8,10 @@ from transformers import TrainerState
 
 from tortoise_hf.checkpoint import save_checkpoint
 from tortoise_hf.config import OptimConfig
+from tortoise_hf.data.check import DatasetReport
 from tortoise_hf.errors import UserError
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-from tortoise_hf.run import check_run_folder, fingerprint, open_run, write_record
+from tortoise_hf.run import check_run_folder, fingerprint, open_run, read_record, write_record, write_report
 
 
 def open_it(cfg, data="abc", steps_per_epoch=5):
@@ -37,6 +39,27 @@ def test_an_empty_folder_will_do(tmp_path):
     assert open_it(make_config(tmp_path)).checkpoint is None
 
 
+def test_a_folder_that_was_only_prepared_will_do(tmp_path):
+    cfg = make_config(tmp_path)
+    write_report(cfg, DatasetReport("here", 3))
+    assert open_it(cfg).checkpoint is None
+    assert json.loads((tmp_path / "run" / "dataset_report.json").read_text())["total"] == 3
+
+
+def test_the_record_keeps_the_plan_and_is_found_again(tmp_path):
+    cfg = make_config(tmp_path)
+    assert read_record(cfg) is None
+    open_run(cfg, Accelerator(cpu=True), "abc", 10, 5, {"rows": [1, 2]})
+    assert read_record(cfg)["plan"] == {"rows": [1, 2]}
+    assert read_record(cfg)["config"] == cfg.to_dict()
+    # A new run that goes on from another's checkpoint takes over that run's plan.
+    other = make_config(tmp_path / "new", training__resume=str(tmp_path / "run" / "checkpoint-3"))
+    assert read_record(other)["plan"] == {"rows": [1, 2]}
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json can't be read"):
+        read_record(cfg)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
@@ -59,7 +82,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"training__batch_size": 8}, {"training__seed": 5}, {"data__padding": "stop"}, {"model__base": "elsewhere"}],
+    [
+        {"training__batch_size": 8},
+        {"training__seed": 5},
+        {"training__plan": "tortoise"},
+        {"data__padding": "stop"},
+        {"model__base": "elsewhere"},
+    ],
 )
 def test_settings_that_make_another_run_are_refused_by_name(tmp_path, change):
     open_it(make_config(tmp_path))
