@@ -30,7 +30,7 @@ def fine_tune(cfg: Config) -> None:
     from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
     from tortoise_hf.optim import build_lr_scheduler, build_optimizer
     from tortoise_hf.preparation import make_plan, prepare_base_and_data
-    from tortoise_hf.run import check_run_folder, fingerprint, finish_run, open_run, start_or_resume, write_report
+    from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
     from tortoise_hf.summary import closing_lines, opening_lines
 
     started = time.perf_counter()
@@ -49,8 +49,8 @@ def fine_tune(cfg: Config) -> None:
     cfg = plan.config
     set_gradient_checkpointing(model, cfg.model.gradient_checkpointing)
     batches, eval_batches = build_batches(cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config)
-    data_fingerprint = fingerprint(data.train["clip_id"], data.train["num_samples"])
-    run_folder = open_run(cfg, accelerator, data_fingerprint, len(data.train), batches.steps_per_epoch, plan.to_dict())
+    clips = clip_hashes(data.train)
+    run_folder = open_run(cfg, accelerator, clips, batches.steps_per_epoch, plan.to_dict())
     if accelerator.is_main_process:
         write_report(cfg, data.report)
         print(opening_lines(cfg, run_folder, model, batches))

@@ -1,22 +1,35 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
+import datasets
 import pytest
 from accelerate import Accelerator
 from conftest import golden_gpt, make_config
 from transformers import TrainerState
 
+from tortoise_hf import faults
 from tortoise_hf.checkpoint import save_checkpoint
 from tortoise_hf.config import OptimConfig
 from tortoise_hf.data.check import DatasetReport
 from tortoise_hf.errors import UserError
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-from tortoise_hf.run import check_run_folder, fingerprint, open_run, read_record, write_record, write_report
+from tortoise_hf.run import (
+    check_run_folder,
+    clip_hashes,
+    fingerprint,
+    open_run,
+    read_record,
+    write_record,
+    write_report,
+)
 
 
 def open_it(cfg, data="abc", steps_per_epoch=5):
     check_run_folder(cfg)
-    return open_run(cfg, Accelerator(cpu=True), data, 10, steps_per_epoch)
+    return open_run(cfg, Accelerator(cpu=True), dict.fromkeys(data, "1"), steps_per_epoch)
 
 
 def finish(cfg, run, step):
@@ -49,7 +62,7 @@ def test_a_folder_that_was_only_prepared_will_do(tmp_path):
 def test_the_record_keeps_the_plan_and_is_found_again(tmp_path):
     cfg = make_config(tmp_path)
     assert read_record(cfg) is None
-    open_run(cfg, Accelerator(cpu=True), "abc", 10, 5, {"rows": [1, 2]})
+    open_run(cfg, Accelerator(cpu=True), dict.fromkeys("abc", "1"), 5, {"rows": [1, 2]})
     assert read_record(cfg)["plan"] == {"rows": [1, 2]}
     assert read_record(cfg)["config"] == cfg.to_dict()
     # A new run that goes on from another's checkpoint takes over that run's plan.
@@ -103,11 +116,52 @@ def test_settings_that_may_change(tmp_path):
     assert open_it(changed, steps_per_epoch=9).checkpoint is None
 
 
-def test_other_data_is_refused(tmp_path):
+def test_other_data_is_refused_and_named(tmp_path):
     cfg = make_config(tmp_path)
     open_it(cfg)
-    with pytest.raises(UserError, match="training clips that are not the ones found now"):
-        open_it(cfg, data="xyz")
+    with pytest.raises(UserError, match=r"3 training clips that are not the 3 found now \(gone: a; new: d\)"):
+        open_it(cfg, data="bcd")
+    with pytest.raises(UserError, match=r"\(changed: b\)"):
+        open_run(cfg, Accelerator(cpu=True), {"a": "1", "b": "2", "c": "1"}, 5)
+
+
+def test_newer_checkpoints_than_the_one_gone_on_from_are_put_aside(tmp_path, capsys):
+    cfg = make_config(tmp_path)
+    run = open_it(cfg)
+    for step in (3, 5, 7):
+        finish(cfg, run, step)
+    back = make_config(tmp_path, training__resume=str(tmp_path / "run" / "checkpoint-3"))
+    assert open_it(back).checkpoint.step == 3
+    assert {"checkpoint-3", "aside-1-checkpoint-5", "aside-1-checkpoint-7"} <= set(os.listdir(tmp_path / "run"))
+    assert open_it(cfg).checkpoint.step == 3  # the next start doesn't take the other future
+    (tmp_path / "run" / "checkpoint-3" / "model.safetensors").write_bytes(b"")
+    assert open_it(cfg).checkpoint is None  # damaged: the run begins again, and nothing is deleted
+    assert (tmp_path / "run" / "aside-1-checkpoint-3" / "optimizer.pt").is_file()
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_run_must_fit_too(tmp_path):
+    cfg = make_config(tmp_path)
+    finish(cfg, open_it(cfg), step=7)
+    named = str(tmp_path / "run" / "checkpoint-7")
+    with pytest.raises(UserError, match=r"training.batch_size 4"):
+        open_it(make_config(tmp_path / "other", training__resume=named, training__batch_size=8))
+
+
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "LOCK_SECONDS", 0.3)
+    cfg = make_config(tmp_path)
+    program = "import sys, time; from pathlib import Path; from tortoise_hf.faults import lock_folder\n"
+    program += "lock_folder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"locked\n"
+            with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+                open_it(cfg)
+        finally:
+            other.kill()
+    assert open_it(cfg).checkpoint is None  # its lock went with it
 
 
 def test_a_finished_run_is_known_until_it_is_made_longer(tmp_path):
@@ -128,7 +182,11 @@ def test_a_checkpoint_may_be_named(tmp_path):
         open_it(make_config(tmp_path, training__resume=str(tmp_path / "checkpoint-3")))
 
 
-def test_fingerprint_tells_clips_and_lengths_apart():
-    assert fingerprint(["a", "b"], [1, 2]) == fingerprint(["a", "b"], [1, 2])
-    assert fingerprint(["a", "b"], [1, 2]) != fingerprint(["a", "b"], [1, 3])
-    assert fingerprint(["a", "b"], [1, 2]) != fingerprint(["b", "a"], [1, 2])
+def test_fingerprint_tells_texts_codes_and_order_apart():
+    def of(*clips):
+        columns = dict(zip(("clip_id", "text_ids", "mel_codes"), zip(*clips, strict=True), strict=True))
+        return fingerprint(clip_hashes(datasets.Dataset.from_dict(columns)))
+
+    one, two = ("a", [1, 2], [3]), ("b", [4], [5, 6, 7])
+    assert of(one, two) == of(one, two)
+    assert len({of(one, two), of(two, one), of(one), of(one, ("b", [4], [5, 6, 8])), of(("a", [1], [2, 3]), two)}) == 5

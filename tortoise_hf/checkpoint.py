@@ -217,26 +217,30 @@ def newest_sound_checkpoint(output_dir: Path, warn: Any = print) -> Checkpoint |
     return None
 
 
-def tidy_up(output_dir: Path, going_on_from: Checkpoint | None, say: Any = print) -> None:
-    """Make a run's folder fit to go on in; the main process calls it before the first step.
-
-    What a killed save left behind is deleted, or finished if it is complete. Checkpoints newer than the one the run
-    goes on from (damaged ones, or a future the user turned away from) are put aside under another name, so that neither
-    rotation nor the next start takes them for the newest. Nothing complete is deleted.
-    """
+def recover_saves(output_dir: Path) -> None:
+    """Delete what a killed save left behind, or finish it if only its name is missing; the main process calls it."""
     for leftover in output_dir.glob(".checkpoint-*.tmp"):
         final = output_dir / leftover.name[1:].split(".")[0]
         if not final.exists() and (leftover / MANIFEST).is_file() and find_damage(leftover) is None:
             leftover.rename(final)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def put_aside_newer(output_dir: Path, going_on_from: Checkpoint | None, say: Any = print) -> None:
+    """Rename checkpoints newer than the one the run goes on from; the main process calls it before the first step.
+
+    They are damaged, or a future the user turned away from. Neither rotation nor the next start may take them for the
+    newest, and nothing complete is deleted.
+    """
+    step = -1 if going_on_from is None else going_on_from.step
     for checkpoint in complete_checkpoints(output_dir):
-        if going_on_from is not None and checkpoint.step > going_on_from.step:
+        if checkpoint.step > step:
             number = 1
             while (aside := output_dir / f"aside-{number}-{checkpoint.path.name}").exists():
                 number += 1
             checkpoint.path.rename(aside)
-            say(f"{checkpoint.path} is newer than {going_on_from.path.name}, where the run goes on; it is now {aside}.")
+            say(f"{checkpoint.path} is newer than step {max(0, step)}, where the run goes on; it is now {aside}.")
 
 
 def find_damage(path: Path) -> str | None:

@@ -123,6 +123,14 @@ def run(main: Callable[[], None]) -> None:
     except Interrupted as stop:
         print(f"Stopped by {stop}; the step is saved. The same command goes on from there.", flush=True)
         raise SystemExit(stop.exit_code) from None
+    except (OSError, RuntimeError) as error:
+        from tortoise_hf.faults import explain  # imports torch, as whatever failed has done before
+
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:  # before the first step or after the last one
         print("Stopped by SIGINT; nothing is lost. The same command goes on from here.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None

@@ -24,6 +24,9 @@ LOCK_NAME = ".lock"
 LOCK_SECONDS = 60.0
 """How long a run waits for another process in its folder: one that was interrupted may still be saving."""
 
+_locks: dict[Path, IO[str]] = {}
+"""Open for as long as the process lives; closing one would give its lock up."""
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 _LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "ProcessGroup", "Broken pipe")
 
@@ -77,35 +80,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in marks)
 
 
-def lock_folder(folder: Path, say: Callable[[str], None] = print) -> IO[str] | None:
-    """Keep other runs out of a folder for as long as this process lives and the file isn't closed.
+def lock_folder(folder: Path, say: Callable[[str], None] = print) -> None:
+    """Keep other runs out of a folder for as long as this process lives; without effect where there are no such locks.
 
     A process that was interrupted may still be saving there, so this waits a minute. Locks end with their process,
-    however it ends, and are not inherited by its children.
-
-    Returns:
-        The open file; None on systems and file systems without such locks.
+    however it ends, and its children don't inherit them.
 
     Raises:
         UserError: if another run has the folder.
     """
-    if fcntl is None:
-        return None
+    if fcntl is None or folder.resolve() in _locks:
+        return
     file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
     until = time.monotonic() + LOCK_SECONDS
     said = False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 file.close()
-                return None
-        else:
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            return file
+                return
         file.seek(0)
         owner = file.read().strip() or "unknown"
         if time.monotonic() > until:
@@ -117,3 +113,7 @@ def lock_folder(folder: Path, say: Callable[[str], None] = print) -> IO[str] | N
             say(f"Waiting for process {owner}, which still uses {folder}.")
             said = True
         time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _locks[folder.resolve()] = file

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerState
@@ -18,19 +20,30 @@ from tortoise_hf.checkpoint import (
     find_damage,
     load_checkpoint,
     newest_sound_checkpoint,
+    put_aside_newer,
+    recover_saves,
     restore_callbacks,
 )
 from tortoise_hf.config import Config
 from tortoise_hf.data.check import DatasetReport
+from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
+from tortoise_hf.faults import LOCK_NAME, lock_folder
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RUN_FILE = "run.json"
 EXPORT_DIR = "export"
 REPORT_NAME = "dataset_report.json"
-"""Written by `scripts/prepare.py` too, so a folder that holds nothing else is still free."""
+"""Written by `scripts/prepare.py` too."""
+CLIPS_FILE = "train_clips.json"
+"""What `clip_hashes` gave when the run began, to name the clips that changed."""
+NOT_A_RUN = (REPORT_NAME, CLIPS_FILE, LOCK_NAME, f".{RUN_FILE}.tmp", f".{CLIPS_FILE}.tmp")
+"""Files a run leaves that was killed before it began; a folder that holds nothing else is still free."""
 FIXED_SETTINGS = ("data.padding", "data.num_conditioning_clips", "data.conditioning_seconds", "model.base",
                   "model.from_scratch", "training.plan", "training.batch_size", "training.seed")  # fmt: skip
 """Settings a run can't change half-way without becoming another run. Micro-batch size, processes, learning rate and
@@ -54,12 +67,24 @@ class Run:
     """How the settings came about, as `Plan.to_dict` gave it when the run began."""
 
 
-def fingerprint(clip_ids: Iterable[str], num_samples: Iterable[int]) -> str:
-    """Short hash of which clips a run trains on, in order."""
-    digest = hashlib.sha256()
-    for clip_id, samples in zip(clip_ids, num_samples, strict=True):
-        digest.update(f"{clip_id}\0{samples}\n".encode())
-    return digest.hexdigest()[:16]
+def clip_hashes(examples: Dataset) -> dict[str, str]:
+    """What a run trains on: every clip's id with a short hash of its text ids and codes, in order.
+
+    Args:
+        examples: prepared ones.
+    """
+    table = examples.select_columns(["clip_id", "text_ids", "mel_codes"]).with_format("arrow")[:]
+    hashes = {}
+    for clip_id, text_ids, mel_codes in zip(*(table.column(name) for name in table.column_names), strict=True):
+        digest = hashlib.sha256(text_ids.values.to_numpy().tobytes())
+        digest.update(b"|" + mel_codes.values.to_numpy().tobytes())
+        hashes[clip_id.as_py()] = digest.hexdigest()[:12]
+    return hashes
+
+
+def fingerprint(clips: dict[str, str]) -> str:
+    """Short hash of `clip_hashes`."""
+    return hashlib.sha256(json.dumps(list(clips.items())).encode()).hexdigest()[:16]
 
 
 def check_run_folder(cfg: Config) -> None:
@@ -69,9 +94,13 @@ def check_run_folder(cfg: Config) -> None:
         UserError: if the folder holds something else, or a run while `training.resume` is never.
     """
     output_dir = Path(cfg.training.output_dir)
-    if not output_dir.exists():
-        return
-    if output_dir.is_dir() and all(path.name == REPORT_NAME for path in output_dir.iterdir()):
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(
+            f"training.output_dir {output_dir} can't be written ({there} is no folder or read-only); name "
+            "another folder."
+        )
+    if not output_dir.exists() or all(path.name in NOT_A_RUN for path in output_dir.iterdir()):
         return
     if not (output_dir / RUN_FILE).is_file():
         raise UserError(
@@ -106,43 +135,67 @@ def read_record(cfg: Config) -> dict[str, Any] | None:
 def open_run(
     cfg: Config,
     accelerator: Accelerator,
-    data_fingerprint: str,
-    num_train_clips: int,
+    clips: dict[str, str],
     steps_per_epoch: int,
     plan: dict[str, Any] | None = None,
 ) -> Run:
-    """Decide where to begin and note down what the run is; every process calls it.
+    """Take the folder for this run alone, decide where to begin, note down what the run is; every process calls it.
 
     Args:
         cfg: settings without gaps.
         accelerator: of this process.
-        data_fingerprint: see `fingerprint`.
-        num_train_clips: clips trained on.
+        clips: what is trained on, see `clip_hashes`.
         steps_per_epoch: optimizer steps that see every clip once.
         plan: how the settings came about; noted down with them.
 
     Raises:
-        UserError: if settings or data changed so that going on would not continue the run in this folder, or the
-            checkpoint named by `training.resume` isn't sound.
+        UserError: if settings or data changed so that going on would not continue the run in this folder, the
+            checkpoint named by `training.resume` isn't sound, or another run is in the folder.
     """
     output_dir, resume = Path(cfg.training.output_dir), cfg.training.resume
     max_steps = cfg.training.max_steps or cfg.training.num_train_epochs * steps_per_epoch
+
+    def take_folder() -> None:
+        with _writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock_folder(output_dir, accelerator.print)
+            recover_saves(output_dir)
+
+    def write_down() -> None:
+        with _writing(output_dir):
+            put_aside_newer(output_dir, checkpoint, accelerator.print)
+            _write_json(output_dir / CLIPS_FILE, clips)
+        write_record(run, cfg)
+
+    _on_main_process(accelerator, take_folder)
     checkpoint, finished_step = None, None
-    record_path = output_dir / RUN_FILE
-    if record_path.is_file():
-        record = json.loads(record_path.read_text(encoding="utf-8"))
-        _refuse_changes(cfg, record, data_fingerprint, output_dir)
+    if (output_dir / RUN_FILE).is_file():
+        record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        _refuse_changes(cfg, record, clips, output_dir)
         finished_step = record["finished_step"] if record["max_steps"] == max_steps else None
         checkpoint = newest_sound_checkpoint(output_dir, warn=accelerator.print)
         if checkpoint is None or checkpoint.step != finished_step:
             finished_step = None
     if resume not in ("auto", "never"):
         checkpoint, finished_step = _named_checkpoint(Path(resume)), None
-    run = Run(output_dir, max_steps, data_fingerprint, num_train_clips, checkpoint, finished_step, plan or {})
+        source = Path(resume).resolve().parent
+        if (source / RUN_FILE).is_file():
+            _refuse_changes(cfg, json.loads((source / RUN_FILE).read_text(encoding="utf-8")), clips, source)
+    run = Run(output_dir, max_steps, fingerprint(clips), len(clips), checkpoint, finished_step, plan or {})
     accelerator.wait_for_everyone()  # nobody reads the record any more
-    if accelerator.is_main_process:
-        write_record(run, cfg)
+    _on_main_process(accelerator, write_down)
     return run
+
+
+def _on_main_process(accelerator: Accelerator, do: Callable[[], None]) -> None:
+    """Call a function on the main process while the others wait; a `UserError` there ends them all."""
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            do()
+        except UserError as error:
+            problem = str(error)
+    raise_together(accelerator, problem)
 
 
 def _named_checkpoint(path: Path) -> Checkpoint:
@@ -152,20 +205,39 @@ def _named_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / "trainer_state.json").read_text())["global_step"])
 
 
-def _refuse_changes(cfg: Config, record: dict[str, Any], data_fingerprint: str, output_dir: Path) -> None:
+def _refuse_changes(cfg: Config, record: dict[str, Any], clips: dict[str, str], folder: Path) -> None:
     now, then = cfg.to_dict(), record["config"]
     for key in FIXED_SETTINGS:
         section, name = key.split(".")
         if now[section][name] != then[section].get(name, now[section][name]):
             raise UserError(
-                f"{output_dir} was begun with {key} {then[section][name]}, and now it is {now[section][name]}; the run "
+                f"{folder} was begun with {key} {then[section][name]}, and now it is {now[section][name]}; the run "
                 "can't go on like that. Set it back, or name another training.output_dir."
             )
-    if data_fingerprint != record["data_fingerprint"]:
+    if fingerprint(clips) != record["data_fingerprint"]:
         raise UserError(
-            f"{output_dir} was begun with {record['num_train_clips']:,} training clips that are not the ones found "
-            "now; the run can't go on with other clips. Bring the data back, or name another training.output_dir."
+            f"{folder} was begun with {record['num_train_clips']:,} training clips that are not the {len(clips):,} "
+            f"found now{_difference(folder, clips)}; the run can't go on with other clips. Bring them back, or name "
+            "another training.output_dir."
         )
+
+
+def _difference(folder: Path, clips: dict[str, str]) -> str:
+    """` (gone: a, b; new: c; changed: d)`, as far as it is known."""
+    try:
+        before = json.loads((folder / CLIPS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    kinds = {
+        "gone": [clip for clip in before if clip not in clips],
+        "new": [clip for clip in clips if clip not in before],
+        "changed": [clip for clip in clips if before.get(clip, clips[clip]) != clips[clip]],
+    }
+    parts = []
+    for kind, ids in kinds.items():
+        if ids:
+            parts.append(f"{kind}: {', '.join(ids[:5])}{f' and {len(ids) - 5} more' * (len(ids) > 5)}")
+    return f" ({'; '.join(parts)})" if parts else " (in another order)"
 
 
 def write_record(run: Run, cfg: Config) -> None:
@@ -182,15 +254,9 @@ def write_record(run: Run, cfg: Config) -> None:
         "finished_step": run.finished_step,
         "plan": run.plan,
     }
-    try:
+    with _writing(run.output_dir):
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run.output_dir / f".{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(run.output_dir / RUN_FILE)
-    except OSError as error:
-        raise UserError(
-            f"training.output_dir {run.output_dir} can't be written ({error.strerror or error}); name another folder."
-        ) from error
+        _write_json(run.output_dir / RUN_FILE, record)
 
 
 def write_report(cfg: Config, report: DatasetReport) -> None:
@@ -200,13 +266,26 @@ def write_report(cfg: Config, report: DatasetReport) -> None:
         UserError: if the folder can't be written.
     """
     path = Path(cfg.training.output_dir) / REPORT_NAME
-    try:
+    with _writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report.to_json(), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"training.output_dir {path.parent} can't be written ({error.strerror or error}); name another folder."
+            f"training.output_dir {folder} can't be written ({error.strerror or error}); name another folder."
         ) from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def start_or_resume(

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as one that was left alone: bit for bit, on 1 and 2 processes, sharded too."""
+"""A run killed and started again ends as one left alone: bit for bit, on 1 and 2 processes, sharded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch
 from conftest import make_config
-from faults.harness import log_of, run, start
-from faults.tiny import train_tiny
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+
+from faults.harness import log_of, run, start
+from faults.tiny import train_tiny
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

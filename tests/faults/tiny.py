@@ -55,7 +55,7 @@ def _train(cfg: Config, num_clips: int, prepare) -> dict:
     batches = TrainBatches(dataset, sampler, collate, cfg.data.num_workers)
     eval_sampler = StepSampler(dataset.lengths, num_clips, training.eval_batch_size, **processes)
     eval_batches = EvalBatches(dataset, eval_sampler, collate)
-    run = open_run(cfg, accelerator, "data", num_clips, batches.steps_per_epoch)
+    run = open_run(cfg, accelerator, dict.fromkeys(dataset.clip_ids, ""), batches.steps_per_epoch)
     optimizer = build_optimizer(model, cfg.optim)
     scheduler = build_lr_scheduler(optimizer, cfg.optim, run.max_steps)
     plain = model
