@@ -173,6 +173,41 @@ class TestDecode:
             assert file.frames > sound.size * 1.1
         assert decode_audio(bare)[0].shape[1] == pytest.approx(sound.size, rel=0.02)
 
+    @pytest.mark.parametrize("rate", [22_050, 48_000])
+    def test_mp3_of_unknown_length_and_constant_bit_rate(self, rate):
+        """The guess is right then, at 48,000 Hz to the sample."""
+        sound = np.random.default_rng(0).normal(0, 0.3, rate * 2)
+        buffer = io.BytesIO()
+        soundfile.write(buffer, sound, rate, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+        data = buffer.getvalue()
+        assert b"Info" in data[:200]
+        assert sound.size <= decode_audio(data[data.index(data[:2], 64) :])[0].shape[1] < sound.size + 3000
+
+    def test_mp3_that_is_longer_than_guessed(self):
+        """libsndfile reads no further than it guesses, here a quarter; that would be a clip without its end."""
+        sound = np.concatenate([np.random.default_rng(0).normal(0, 0.3, RATE * 4), np.zeros(RATE * 4)])
+        data = encode(sound, "MP3")
+        assert decode_audio(data)[0].shape == (1, sound.size)
+        error = error_of(data[data.index(data[:2], 64) :])
+        assert (error.reason, "doesn't tell its length" in error.detail) == ("unreadable", True)
+
+    def test_flac_written_to_a_pipe(self):
+        """Its writer couldn't know the length."""
+        data = bytearray(encode(tone(), "FLAC"))
+        data[21] &= 0xF0  # the 36 bits of the header that count the samples
+        data[22:26] = bytes(4)
+        assert decode_audio(bytes(data))[0].shape == (1, 11_025)
+        assert error_of(bytes(data[: len(data) // 2])).reason == "unreadable"
+
+    def test_wav_that_can_not_be_searched(self):
+        samples, _ = decode_audio(encode(tone(), subtype="GSM610"))
+        assert samples.shape[1] == pytest.approx(11_025, abs=640)  # blocks of 320
+
+    def test_longer_than_one_read(self, monkeypatch):
+        monkeypatch.setattr(audio, "_READ_FRAMES", 5000)
+        for samples in (tone(), tone()[:10_000]):
+            assert np.array_equal(decode_audio(encode(samples, subtype="FLOAT"))[0][0], samples)
+
     def test_tags_in_front_of_an_mp3(self):
         data = encode(tone(), "MP3")
         tag = b"ID3\x03\x00\x00" + bytes([0, 0, 4, 0]) + bytes(512)
@@ -211,6 +246,23 @@ class TestBadFiles:
         data = bytearray(encode(np.random.default_rng(0).normal(0, 0.1, RATE), "FLAC"))
         data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
         assert error_of(bytes(data)).reason in {"truncated", "unreadable"}
+
+    @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+    def test_damaged_ogg(self, share):
+        """The decoder leaves pages with a wrong checksum out, and the clip would be shorter."""
+        data = bytearray(encode(np.random.default_rng(0).normal(0, 0.1, RATE * 3), "OGG"))
+        data[int(len(data) * share)] ^= 1
+        error = error_of(bytes(data))
+        assert (error.reason, "is damaged" in error.detail) == ("unreadable", True)
+
+    def test_ogg_without_its_second_page(self):
+        data = encode(tone(), "OGG")
+        second, third = (data.index(b"OggS", start) for start in (1, data.index(b"OggS", 1) + 1))
+        assert error_of(data[:second] + b"x" + data[third:]).detail.startswith(f"is damaged at byte {second}")
+
+    def test_something_behind_the_last_ogg_page(self):
+        data = encode(tone(), "OGG")
+        assert np.array_equal(decode_audio(data + b"TAG" * 100)[0], decode_audio(data)[0])
 
     @pytest.mark.parametrize("kind", ["WAV", "FLAC"])
     def test_no_samples(self, kind):
@@ -267,10 +319,11 @@ class TestLoadWaveform:
         with pytest.raises(AudioError, match="0 bytes"):
             load_waveform(b"")
 
-    def test_unrelated_sample_rate(self):
-        """Its resampling filter would take gigabytes."""
-        with pytest.raises(AudioError, match="sample rate of 44,101 Hz can't be converted to 22,050 Hz") as caught:
-            load_waveform(encode(tone(0.1, 44_101), rate=44_101))
+    @pytest.mark.parametrize("rate, shown", [(44_101, "44,101"), (1, "1")])
+    def test_unrelated_sample_rate(self, rate, shown):
+        """The resampling filter of the first, the result of the second would take gigabytes."""
+        with pytest.raises(AudioError, match=f"sample rate of {shown} Hz can't be converted to 22,050 Hz") as caught:
+            load_waveform(encode(tone(), rate=rate))
         assert caught.value.reason == "unreadable"
 
 

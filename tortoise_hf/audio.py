@@ -13,6 +13,7 @@ import io
 import json
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ UNKNOWN_FRAMES = 1 << 62
 """libsndfile's frame counts from here on mean that the header doesn't tell."""
 MAX_RESAMPLE_KERNEL = 50_000_000
 """Filter taps (200 MB) above which a sample rate is too unrelated to ours for torchaudio's resampler."""
+MIN_SAMPLE_RATE = 1_000
+"""Hz; a header that tells less is damaged, and believing it would blow a clip up to gigabytes."""
+_READ_FRAMES = 1 << 20
+# An MP3 whose header doesn't tell its length: libsndfile guesses from the first frame's bit rate and reads no further.
+# With this many zero bytes behind it the guess is too long if the bit rate is constant, so nothing is lost; a file that
+# is read exactly as far as the guess goes on behind it. Above 1,024 the decoder takes the zeros for damage.
+_MP3_PADDING = 1_000
+_OGG_LAST_PAGE = 4
+_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class AudioError(UserError):
@@ -83,17 +93,18 @@ def decode_audio(source: str | Path | bytes) -> tuple[np.ndarray, int]:
         raise AudioError("unreadable", f"can't be read ({error.strerror})", name) from error
     if not data:
         raise AudioError("empty", "the file has 0 bytes", name)
-    missing = _missing_bytes(data)
+    damage = _find_damage(data)
+    if damage is not None:
+        raise AudioError(*damage, name)
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
+        length_is_guessed = file.format in ("MP3", "MPEG") and not _mp3_tells_its_length(data)
+        if length_is_guessed:
+            file = soundfile.SoundFile(io.BytesIO(data + bytes(_MP3_PADDING)))
     except soundfile.SoundFileError as error:
-        if missing:
-            raise AudioError("truncated", missing, name) from error
         raise AudioError("unreadable", f"isn't audio that can be decoded ({_reason(error)})", name) from error
-    if missing:
-        raise AudioError("truncated", missing, name)
     with file:
-        samples = _read(file, data, name)
+        samples = _read(file, length_is_guessed, name)
         sample_rate = file.samplerate
     if not samples.shape[1]:
         raise AudioError("empty", "the file has no samples", name)
@@ -114,7 +125,8 @@ def load_waveform(source: str | Path | bytes, sample_rate: int = SAMPLE_RATE) ->
     """
     samples, source_rate = decode_audio(source)
     common = math.gcd(source_rate, sample_rate)
-    if source_rate // common * (sample_rate // common) > MAX_RESAMPLE_KERNEL:
+    num_taps = source_rate // common * (sample_rate // common)
+    if source_rate < MIN_SAMPLE_RATE or num_taps > MAX_RESAMPLE_KERNEL:
         name = "audio" if isinstance(source, bytes) else str(source)
         detail = f"its sample rate of {source_rate:,} Hz can't be converted to {sample_rate:,} Hz; save it at 44,100 Hz"
         raise AudioError("unreadable", detail, name)
@@ -250,44 +262,73 @@ def _log_mel(spectrogram: nn.Module, waveform: torch.Tensor) -> torch.Tensor:
         return spectrogram(waveform if waveform.dim() == 2 else waveform.unsqueeze(0)).clamp(min=LOG_FLOOR).log()
 
 
-def _read(file: soundfile.SoundFile, data: bytes, name: str) -> np.ndarray:
+def _read(file: soundfile.SoundFile, length_is_guessed: bool, name: str) -> np.ndarray:
     """All samples of an opened file, (channels, S); fewer than its header promises is an error."""
-    expected = file.frames if file.frames < UNKNOWN_FRAMES else 0
-    if file.format in ("MP3", "MPEG") and not _mp3_tells_its_length(data):
-        expected = 0  # libsndfile's count is then a guess from the first frame's bit rate
+    expected = file.frames if file.frames < UNKNOWN_FRAMES and not length_is_guessed else 0
+    # Asked for everything, soundfile would make room for as many frames as the header tells, known or not; and after
+    # each read it would seek, which libsndfile can't in files of unknown length.
+    file.seekable = lambda: False
+    parts: list[np.ndarray] = []
     try:
-        samples = file.read(dtype="float32", always_2d=True).T
+        while not parts or len(parts[-1]) == _READ_FRAMES:
+            parts.append(file.read(_READ_FRAMES, dtype="float32", always_2d=True))
     except soundfile.SoundFileError as error:
         if not expected:
             raise AudioError("unreadable", f"is damaged ({_reason(error)})", name) from error
         detail = f"its header promises {expected:,} samples, decoding them failed ({_reason(error)})"
         raise AudioError("truncated", detail, name) from error
-    if samples.shape[1] < expected:
-        detail = f"its header promises {expected:,} samples, {samples.shape[1]:,} are there"
+    samples = np.concatenate(parts)
+    if length_is_guessed and len(samples) == file.frames:
+        raise AudioError("unreadable", "is an MP3 of varying bit rate that doesn't tell its length", name)
+    if len(samples) < expected:
+        detail = f"its header promises {expected:,} samples, {len(samples):,} are there"
         raise AudioError("truncated", detail, name)
-    return np.ascontiguousarray(samples)
+    return np.ascontiguousarray(samples.T)
 
 
-def _missing_bytes(data: bytes) -> str:
-    """Say what a WAV or OGG file lacks at its end, where libsndfile would silently return less; "" if nothing."""
+def _find_damage(data: bytes) -> tuple[str, str] | None:
+    """(reason, detail) of damage to a WAV or OGG file where libsndfile would silently return less, or None."""
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        position = 12
-        while position + 8 <= len(data):
-            chunk, size = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
-            position += 8
-            if chunk == b"data":
-                there = len(data) - position
-                if there < size < UNKNOWN_WAV_LENGTH:
-                    return f"its header promises {size:,} bytes of samples, {there:,} are there"
-                return ""
-            position += size + size % 2
-    elif data[:4] == b"OggS":
-        page = data.rfind(b"OggS")
-        segments = data[page + 27 : page + 27 + data[page + 26]] if page + 27 <= len(data) else b""
-        complete = page + 27 <= len(data) and len(segments) == data[page + 26]
-        if not complete or page + 27 + len(segments) + sum(segments) > len(data):
-            return "its last page is cut off"
-    return ""
+        return _find_missing_wav_bytes(data)
+    return _find_bad_ogg_page(data) if data[:4] == b"OggS" else None
+
+
+def _find_missing_wav_bytes(data: bytes) -> tuple[str, str] | None:
+    position = 12
+    while position + 8 <= len(data):
+        chunk, size = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
+        position += 8
+        if chunk == b"data":
+            there = len(data) - position
+            if there < size < UNKNOWN_WAV_LENGTH:
+                return "truncated", f"its header promises {size:,} bytes of samples, {there:,} are there"
+            return None
+        position += size + size % 2
+    return None
+
+
+def _find_bad_ogg_page(data: bytes) -> tuple[str, str] | None:
+    # Pages follow each other without a gap up to the one marked as the last; what stands behind that is no sound.
+    position, is_last = 0, False
+    while position < len(data) and not is_last:
+        header = data[position : position + 27]
+        if not b"OggS".startswith(header[:4]):
+            return "unreadable", f"is damaged at byte {position:,}, where a page should begin"
+        sizes = data[position + 27 : position + 27 + header[26]] if len(header) == 27 else b""
+        end = position + 27 + len(sizes) + sum(sizes)
+        if len(header) < 27 or len(sizes) < header[26] or end > len(data):
+            return "truncated", "its last page is cut off"
+        page = data[position : position + 22] + bytes(4) + data[position + 26 : end]
+        if _ogg_checksum(page) != int.from_bytes(header[22:26], "little"):
+            return "unreadable", f"is damaged between bytes {position:,} and {end:,}, whose checksum is wrong"
+        position, is_last = end, bool(header[5] & _OGG_LAST_PAGE)
+    return None
+
+
+def _ogg_checksum(page: bytes) -> int:
+    """CRC-32 of a page whose checksum field is 0: zlib's polynomial, but begun with 0 and highest bit first."""
+    reflected = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{reflected:032b}"[::-1], 2)
 
 
 def _mp3_tells_its_length(data: bytes) -> bool:

@@ -23,7 +23,7 @@ from tortoise_hf.data.store import Found, Record, make_key
 from tortoise_hf.models.dvae import DVAE
 from tortoise_hf.text import UNK_ID, TextTokenizer, clean_training_text
 
-CLIPS_VERSION = 1
+CLIPS_VERSION = 2
 """Raise it when the same recording would give another record: it belongs to the name of every clip store."""
 TEXTS_VERSION = 1
 """Raise it when the same text would give another record, for instance because `clean_training_text` changed."""
