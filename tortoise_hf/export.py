@@ -115,47 +115,18 @@ def export_model(
     was_training = model.training
     try:
         trained = _on_cpu(model)
-        state = trained.state_dict()
-        check_weights(state, published_layout(trained.config, attention_buffers=False), "The trained model")
         weights_file = f"{step}_gpt.pth"
-        published = published_state_dict(state, trained.config, DTYPES[dtype], attention_buffers)
-        if dtype != "float32":
-            check_weights(
-                {key: published[key] for key in state},
-                published_layout(trained.config, attention_buffers=False),
-                f"The trained model in {dtype}",
-            )
-        write_published(published, staging / weights_file)
-        del published
-        trained.save_pretrained(staging)
+        layout = {"dtype": dtype, "attention_buffers": attention_buffers}
+        _write_weights(trained, staging, weights_file, **layout)
         _write_companions(staging, files)
         _write_json(staging / SUMMARY, {"step": step, **summary})
-        self_test = run_self_test(
-            trained, staging, weights_file, dtype=dtype, attention_buffers=attention_buffers, base_state=base_state
-        )
+        self_test = run_self_test(trained, staging, weights_file, **layout, base_state=base_state)
         if not self_test.passed:
             raise UserError(
                 f"The export of step {step} failed its self-test and was not kept: {'; '.join(self_test.failures)}."
             )
-        written = {
-            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(staging.rglob("*"))
-            if path.is_file()
-        }
-        report = ExportReport(out_dir, step, weights_file, written, self_test)
-        _write_json(
-            staging / MARKER,
-            {
-                "made_by": "tortoise_hf",
-                "format": FORMAT,
-                "step": step,
-                "weights_file": weights_file,
-                "dtype": dtype,
-                "attention_buffers": attention_buffers,
-                "files": written,
-                "self_test": asdict(self_test) | {"passed": self_test.passed},
-            },
-        )
+        report = ExportReport(out_dir, step, weights_file, _list_files(staging), self_test)
+        _write_json(staging / MARKER, _marker(report, layout))
         _put_in_place(staging, out_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -297,6 +268,37 @@ def is_export(folder: str | Path) -> bool:
         return json.loads((Path(folder) / MARKER).read_text(encoding="utf-8")).get("made_by") == "tortoise_hf"
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _write_weights(trained: TortoiseGPT, folder: Path, weights_file: str, dtype: str, attention_buffers: bool) -> None:
+    state = trained.state_dict()
+    layout = published_layout(trained.config, attention_buffers=False)
+    check_weights(state, layout, "The trained model")
+    published = published_state_dict(state, trained.config, DTYPES[dtype], attention_buffers)
+    if dtype != "float32":  # a value may have become infinite
+        check_weights({key: published[key] for key in state}, layout, f"The trained model in {dtype}")
+    write_published(published, folder / weights_file)
+    trained.save_pretrained(folder)
+
+
+def _list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _marker(report: ExportReport, layout: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "made_by": "tortoise_hf",
+        "format": FORMAT,
+        "step": report.step,
+        "weights_file": report.weights_file,
+        **layout,
+        "files": report.files,
+        "self_test": asdict(report.self_test) | {"passed": report.self_test.passed},
+    }
 
 
 def _write_companions(folder: Path, files: BaseFiles) -> None:

@@ -70,7 +70,7 @@ def test_second_fetch_downloads_nothing(hub, tmp_path):
 
 
 @pytest.mark.parametrize("failure", ["gone", "repository gone", "server error"])
-def test_mirror_is_used_when_the_first_origin_fails(hub, release, tmp_path, no_waiting, failure):
+def test_mirror_is_used_when_the_first_origin_fails(hub, release, tmp_path, no_waiting, caplog, failure):
     file = release["dvae.pth"]
     first, mirror = file.origins[:2]
     if failure == "gone":
@@ -83,6 +83,8 @@ def test_mirror_is_used_when_the_first_origin_fails(hub, release, tmp_path, no_w
     fetched = fetch(hub, tmp_path, ["dvae.pth"])["dvae.pth"]
     assert fetched.path.read_bytes() == CONTENT["dvae.pth"]
     assert mirror.repo_id in fetched.origin
+    assert f"dvae.pth comes from {mirror.repo_id}" in caplog.text
+    assert first.url(hub.url) in caplog.text
 
 
 def test_wrong_content_is_refused_even_with_the_right_size(hub, release, tmp_path):

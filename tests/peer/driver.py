@@ -71,7 +71,7 @@ def speak(task, folder, inputs):
         # What a user of tortoise-tts does, which has no option for a weights file: load into the finished object.
         late = build(task)
         late.post_init_gpt2_config(kv_cache=False)
-        late.load_state_dict(torch.load(task["weights"], weights_only=True), strict=False)
+        late.load_state_dict(torch.load(task["late_weights"], weights_only=True), strict=False)
         for penalty in task["repetition_penalties"]:
             for name, speaker in (("greedy", model), ("loaded_late", late)):
                 outputs[f"{name}_{penalty}"] = speaker.inference_speech(

@@ -198,11 +198,12 @@ def test_full_size_key_table_is_the_peers(layouts):
         assert dtype == str(ours[key][1]) or mask_of_4_29
 
 
-def assert_peer_computes_the_same(peer, folder, model, weights, inputs):
+def assert_peer_computes_the_same(peer, folder, model, weights, inputs, late_weights=None):
     model = model.eval()
     task = {
         "peer_config": peer_config(model.config),
         "weights": str(weights),
+        "late_weights": str(late_weights or weights),
         "num_codes": NUM_CODES,
         "repetition_penalties": PENALTIES,
     }
@@ -235,7 +236,8 @@ def assert_peer_computes_the_same(peer, folder, model, weights, inputs):
 
 
 def test_peer_computes_our_conditioning_logits_latents_losses_and_codes(peer, trained, exports, inputs, tmp_path):
-    theirs = assert_peer_computes_the_same(peer, tmp_path, trained, exports["float32 without buffers"], inputs)
+    files = exports["float32 without buffers"], exports["float32 with buffers"]
+    theirs = assert_peer_computes_the_same(peer, tmp_path, trained, files[0], inputs, files[1])
     assert theirs["greedy_1.0"].tolist() != theirs["greedy_2.0"].tolist()  # the penalty was at work
 
 

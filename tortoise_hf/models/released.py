@@ -154,6 +154,8 @@ def fetch_released(
                 offline = offline or _is_connection_failure(error)
             else:
                 del failures[name]
+                if reasons:
+                    logger.warning("%s comes from %s. %s", name, fetched[name].origin, ". ".join(reasons))
                 break
     if failures:
         raise UserError(_missing_message(failures, weights_dir, endpoint))
