@@ -14,6 +14,7 @@ from typing import Any
 
 from tortoise_hf.calculator import Calculation, calculate
 from tortoise_hf.config import PLANNED, Config
+from tortoise_hf.optimizer_state import checkpoint_bytes
 
 SET_BY_USER = "set by you"
 AS_BEGUN = "as this run began"
@@ -173,7 +174,7 @@ class Plan:
             parts.append(f"about {format_seconds(prediction.seconds)}")
         if prediction.memory_bytes is not None:
             parts.append(f"{format_bytes(prediction.memory_bytes)} of memory per process")
-        parts.append(f"{format_bytes(prediction.disk_bytes)} of disk for checkpoints and export")
+        parts.append(f"{prediction.disk_bytes / 1e9:.2f} GB of disk for checkpoints and export")
         return "Predicted: " + ", ".join(parts) + ("" if self.measurement else " (nothing was measured)") + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,8 +222,8 @@ def choose_batch_size(cfg: Config, facts: Facts) -> tuple[int, str]:
     target = min(clips, LARGEST_BATCH, max(SMALLEST_BATCH, clips // STEPS_PER_EPOCH))
     steps = -(-clips // target)
     size = -(-clips // steps)
-    why = f"at most {LARGEST_BATCH}" if target == LARGEST_BATCH else f"a dataset this small in {steps} steps"
-    return size, f"plan: {why}; no step of an epoch is much smaller than the others"
+    why = f"the Colab guide's {LARGEST_BATCH}" if target == LARGEST_BATCH else "an eighth of a small dataset"
+    return size, f"plan: {why}, evened over the {steps} steps of an epoch"
 
 
 def choose_micro_batch(cfg: Config, share: int, measurement: Measurement | None) -> tuple[int, bool, str]:
@@ -259,11 +260,6 @@ def micro_batch_candidates(share: int, device: str) -> list[int]:
     largest = min(share, MOST_CLIPS_AT_ONCE.get(device, MOST_CLIPS_AT_ONCE["cpu"]))
     powers = [2**n for n in range(largest.bit_length()) if 2**n < largest]
     return [*powers, largest]
-
-
-def checkpoint_bytes(num_parameters: int, optimizer_state: str = "full") -> int:
-    """Size of one checkpoint: float32 weights and what `training.optimizer_state` keeps of AdamW's two moments."""
-    return (4 + {"full": 8, "8bit": 2, "none": 0}[optimizer_state]) * num_parameters
 
 
 def resolve(
@@ -476,7 +472,7 @@ class _Resolver:
         free = facts.free_disk_bytes
         if free is not None and prediction.disk_bytes > free:
             found.append(
-                f"checkpoints and export need {format_bytes(prediction.disk_bytes)} and {format_bytes(free)} are free "
+                f"checkpoints and export need {prediction.disk_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free "
                 "there; name another training.output_dir or lower training.save_total_limit."
             )
         return found
@@ -485,8 +481,9 @@ class _Resolver:
 def predict(config: Config, facts: Facts, measurement: Measurement | None) -> Prediction:
     """Time, memory and disk of a config without gaps."""
     training = config.training
-    kept = training.save_total_limit + (facts.num_eval_clips > 0) + 1  # the newest, the best, the one being written
-    disk_bytes = kept * checkpoint_bytes(facts.num_parameters, training.optimizer_state) + 4 * facts.num_parameters
+    kept = training.save_total_limit + 2  # the newest, the best, the one being written; then the export's two files
+    checkpoint, weights = (checkpoint_bytes(facts.num_parameters, kind) for kind in (training.optimizer_state, "none"))
+    disk_bytes = kept * checkpoint + 2 * weights
     if measurement is None:
         return Prediction(None, None, disk_bytes)
     seconds = None
