@@ -46,7 +46,7 @@ def in_words() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError) as error:
         sentence = explain(error)
         if sentence is None:
             raise
@@ -61,7 +61,8 @@ def explain(error: BaseException) -> str | None:
             f"Out of memory outside the training step ({text}). Lower training.eval_batch_size and "
             f"training.micro_batch_size, or set model.gradient_checkpointing true. {GO_ON}"
         )
-    if "DataLoader worker" in text:
+    # A worker that dies while it hands a batch over is noticed by its closed connection.
+    if "DataLoader worker" in text or "ancdata" in text or isinstance(error, (ConnectionResetError, EOFError)):
         return (
             f"A process that collates batches died ({text}); the usual cause is too little memory. Lower "
             f"data.num_workers; 0 needs no such process. {GO_ON}"
