@@ -131,3 +131,28 @@ def tiny_voice(tmp_path: Path):
         return folder
 
     return make
+
+
+TOKEN = "hf_" + "aBcDeFgH" * 4 + "Jk"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A Hub on loopback that the Hub's client talks to, logged in as `me`; caches are this test's own."""
+    import datasets
+    import huggingface_hub
+    from hub_server import Account, HubServer
+
+    with HubServer() as server:
+        server.accounts = {TOKEN: Account("me", orgs=("my-org",))}
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)  # for processes started by the test
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "hf" / "xet"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        yield server
