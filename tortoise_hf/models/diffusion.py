@@ -223,7 +223,9 @@ class DiffusionDecoder(PreTrainedModel):
 def timestep_embedding(timesteps: torch.Tensor, width: int) -> torch.Tensor:
     """(B,) noise levels to (B, width) float32: cosines, then sines, of frequencies from 1 down to 1/10,000."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device).float() / half)
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+    # Correctly rounded, whatever the device: at level 3,999 the last bit of a frequency shows in the result.
+    frequencies = exponents.double().exp().float().to(timesteps.device)
     angles = timesteps.float().unsqueeze(1) * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return nn.functional.pad(embedding, (0, width % 2))
