@@ -82,6 +82,11 @@ SENTENCES = (
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with a one-layer GPT's config, a tokenizer, norms and a random DVAE."""
+    return make_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def make_tiny_base(folder: Path) -> Path:
+    """What `tiny_base` is, without pytest."""
     import torch
     from safetensors.torch import save_file
 
@@ -89,7 +94,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tortoise_hf.models.gpt import GPTConfig
     from tortoise_hf.text import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("base")
+    folder.mkdir(exist_ok=True)
     tokenizer = train_tokenizer(SENTENCES, 60)
     tokenizer.save(folder / "tokenizer.json")
     GPTConfig(
@@ -113,24 +118,29 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_voice(tmp_path: Path):
     """Makes an LJSpeech folder with so many clips of tones and noise, between 0.7 and 2 s."""
+
+    def make(num_clips: int, name: str = "voice") -> Path:
+        return make_tiny_voice(tmp_path / name, num_clips)
+
+    return make
+
+
+def make_tiny_voice(folder: Path, num_clips: int) -> Path:
+    """What `tiny_voice` makes, without pytest."""
     import numpy as np
     import soundfile
 
-    def make(num_clips: int, name: str = "voice") -> Path:
-        rng = np.random.default_rng(0)
-        folder = tmp_path / name
-        (folder / "wavs").mkdir(parents=True)
-        lines = []
-        for index in range(num_clips):
-            seconds = rng.uniform(0.7, 2.0)
-            time = np.arange(int(seconds * 22_050)) / 22_050
-            waveform = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900) * time) + 0.05 * rng.standard_normal(len(time))
-            soundfile.write(folder / "wavs" / f"clip-{index}.wav", waveform, 22_050)
-            lines.append(f"clip-{index}|{SENTENCES[index % len(SENTENCES)]} Take {chr(97 + index)}.")
-        (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return folder
-
-    return make
+    rng = np.random.default_rng(0)
+    (folder / "wavs").mkdir(parents=True)
+    lines = []
+    for index in range(num_clips):
+        seconds = rng.uniform(0.7, 2.0)
+        time = np.arange(int(seconds * 22_050)) / 22_050
+        waveform = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 900) * time) + 0.05 * rng.standard_normal(len(time))
+        soundfile.write(folder / "wavs" / f"clip-{index}.wav", waveform, 22_050)
+        lines.append(f"clip-{index}|{SENTENCES[index % len(SENTENCES)]} Take {chr(97 + index)}.")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 TOKEN = "hf_" + "aBcDeFgH" * 4 + "Jk"

@@ -1,0 +1,176 @@
+"""Kill the training script again and again, at random moments and inside saves, until its runs are done.
+
+    python tests/faults/kills.py --kills 20 --seed 0
+
+starts the same command anew after every SIGKILL and compares each run that ends with one that was left alone: weights,
+optimizer, random numbers, log. `test_kills.py` does the same with fewer kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [] if str(TESTS) in sys.path else [str(TESTS)]
+
+from faults.harness import log_of, start  # noqa: E402
+
+STEPS = 12
+
+
+def flags(base: Path, data: Path, folder: Path, output_dir: Path, **settings) -> list[str]:
+    """A run of a few steps of the training script, nothing left to the plan."""
+    values = {
+        "data.root": data,
+        "data.cache_dir": folder / "cache",
+        "data.num_conditioning_clips": 1,
+        "data.conditioning_seconds": 0.5,
+        "data.min_eval_clips": 2,
+        "model.base": base,
+        "model.from_scratch": "true",
+        "model.gradient_checkpointing": "false",
+        "optim.learning_rate": 1e-3,
+        "optim.lr_schedule": "cosine",
+        "optim.warmup_steps": 2,
+        "training.output_dir": output_dir,
+        "training.max_steps": STEPS,
+        "training.batch_size": 4,
+        "training.micro_batch_size": 2,
+        "training.eval_batch_size": 4,
+        "training.logging_steps": 3,
+        "training.eval_steps": 4,
+        "training.save_steps": 2,
+        "training.save_total_limit": 1,
+        "callbacks.progress": "false",
+        "callbacks.early_stopping_patience": 0,
+    } | {key.replace("__", "."): value for key, value in settings.items()}
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def train_script(argv: list[str], file_operations: int | None = None) -> None:
+    """Call scripts/train.py; kill this process before the given number of writes, renames and deletions of a save."""
+    sys.path.insert(0, str(TESTS.parent / "scripts"))
+    import train
+
+    if file_operations is not None:
+        _die_in_a_save(file_operations)
+    train.main(argv)
+
+
+def _die_in_a_save(count: int) -> None:
+    import torch
+
+    from tortoise_hf import checkpoint
+
+    left = [count]
+
+    def dying(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, names in ((checkpoint, ("_sync", "_write_json", "_write_manifest")), (torch, ("save",))):
+        for name in names:
+            setattr(module, name, dying(getattr(module, name)))
+    Path.rename = dying(Path.rename)
+    shutil.rmtree = dying(shutil.rmtree)
+
+
+def undisturbed_seconds(argv: list[str], folder: Path) -> float:
+    """Seconds an undisturbed run takes; it becomes the one the others are compared with."""
+    began = time.monotonic()
+    started = start(folder, train_script, argv)
+    assert started.wait() == [0], started.output()
+    return time.monotonic() - began
+
+
+def with_dropout(base: Path, folder: Path) -> Path:
+    """A copy of a base whose steps depend on random numbers."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dropout": 0.1}))
+    return folder
+
+
+def survive(base: Path, data: Path, folder: Path, kills: int, seed: int, say=print) -> dict[str, int]:
+    """Kill `kills` times and finish; `AssertionError` if a run ends otherwise than the undisturbed one.
+
+    Returns: how many kills came at random moments, how many inside saves, and how many runs ended.
+    """
+    chance = random.Random(seed)
+    whole = folder / "whole"
+    base = with_dropout(base, folder / "base_with_dropout")
+    seconds = undisturbed_seconds(flags(base, data, folder, whole), folder / "processes")
+    counts = {"random": 0, "in a save": 0, "runs": 0}
+    while counts["random"] + counts["in a save"] < kills or (folder / "broken").exists():
+        argv = flags(base, data, folder, folder / "broken")
+        killing = counts["random"] + counts["in a save"] < kills
+        operations = chance.randrange(40) if killing and chance.random() < 0.5 else None
+        started = start(folder / "processes", train_script, argv, operations)
+        if killing and operations is None:
+            started.processes[0].join(chance.uniform(0, seconds))
+            started.processes[0].kill()
+        (code,) = started.wait()
+        if code == -signal.SIGKILL:
+            kind = "random" if operations is None else "in a save"
+            counts[kind] += 1
+            state = sorted(path.name for path in (folder / "broken").glob("*checkpoint*"))
+            say(f"kill {counts['random'] + counts['in a save']} ({kind}); left: {', '.join(state) or 'nothing'}")
+            continue
+        assert code == 0, started.output()
+        check_equal(whole, folder / "broken")
+        counts["runs"] += 1
+        shutil.rmtree(folder / "broken")
+    return counts
+
+
+def check_equal(whole: Path, broken: Path) -> None:
+    """The same weights, optimizer, random numbers, schedule, log and final evaluation; nothing half-written left."""
+    from faults.test_resume import assert_equal_checkpoints
+
+    assert_equal_checkpoints(whole / f"checkpoint-{STEPS}", broken / f"checkpoint-{STEPS}", moments=5)
+    assert log_of(whole) == log_of(broken)
+    assert [entry for entry in log_of(broken) if "eval_loss" in entry][-1]["step"] == STEPS
+    assert json.loads((broken / "run.json").read_text())["finished_step"] == STEPS
+    names = {path.name for path in broken.iterdir()}
+    assert names == {path.name for path in whole.iterdir()}
+    exported = (whole / "export" / "model.safetensors").read_bytes()
+    assert (broken / "export" / "model.safetensors").read_bytes() == exported
+
+
+def main() -> None:
+    """Run it with as many kills as asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    import conftest
+
+    with tempfile.TemporaryDirectory() as folder:
+        base, data = Path(folder, "base"), Path(folder, "voice")
+        conftest.make_tiny_base(base)
+        conftest.make_tiny_voice(data, 10)
+        began = time.monotonic()
+        counts = survive(base, data, Path(folder), args.kills, args.seed)
+        kills = counts["random"] + counts["in a save"]
+        print(
+            f"{kills} of {kills} kills survived ({counts['random']} at random moments, {counts['in a save']} inside "
+            f"saves), {counts['runs']} runs ended equal to the undisturbed one; {time.monotonic() - began:.0f} s."
+        )
+
+
+if __name__ == "__main__":
+    main()
