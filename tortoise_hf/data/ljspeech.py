@@ -178,7 +178,7 @@ class AudioFolder:
             real_folder, names = os.path.realpath(folder), {}
             if os.path.isdir(real_folder):
                 with os.scandir(real_folder) as entries:
-                    names = {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+                    names = {entry.name: entry.is_symlink() for entry in entries if _is_file(entry)}
             self._listings[folder] = real_folder, names
         return self._listings[folder]
 
@@ -213,6 +213,13 @@ class AudioFolder:
             if other:
                 return f"{first} is missing, but {other} is there; correct the name in the list"
         return f"{first} is missing"
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads back to itself, or to a disk that doesn't answer
+        return False
 
 
 def _given_list(root: Path, name: str, key: str) -> Path:

@@ -102,6 +102,7 @@ class _Rows:
     def __init__(self, raw: RawData) -> None:
         parts = [raw.train] if raw.eval is None else [raw.train, raw.eval]
         lists = [part[:] for part in parts]
+        self.root = raw.root
         columns = {name: [value for one in lists for value in one[name]] for name in raw.train.column_names}
         self.clip_ids, self.texts, self.speakers = columns["clip_id"], columns["text"], columns["speaker"]
         self.paths, self.numbers, self.lists = columns["audio_path"], columns["row"], columns["list_name"]
@@ -184,8 +185,8 @@ class _Rows:
 
 def _encode_texts(rows: _Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_progress: bool) -> Found:
     """Text records of all rows (-1 for rows that are out already)."""
-    name = make_key(TEXTS_VERSION, tokenizer.fingerprint, cfg.root)
-    store = ShardStore(Path(cfg.cache_dir) / "texts" / name, TEXT_FEATURES)
+    name = make_key(TEXTS_VERSION, tokenizer.fingerprint, rows.root or cfg.root)
+    store = ShardStore(Path(cfg.cache_dir).expanduser() / "texts" / name, TEXT_FEATURES)
     keys = [make_key(rows.texts[row]) if alive else "" for row, alive in enumerate(rows.alive)]
     found = store.find(keys)
     missing = {keys[row]: rows.texts[row] for row in rows.kept() if found.rows[row] < 0}
@@ -212,15 +213,14 @@ def _encode_clips(
         "dvae": dvae_fingerprint,
         "mel_norms": make_key(encoder.mel_norms.float().numpy().tobytes().hex()),
         "resampler": RESAMPLER,
-        "root": cfg.root,
+        "root": str(rows.root or cfg.root),
     }
-    store = ShardStore(Path(cfg.cache_dir) / "clips" / make_key(*settings.values()), CLIP_FEATURES)
+    folder = Path(cfg.cache_dir).expanduser() / "clips" / make_key(*settings.values())
+    store = ShardStore(folder, CLIP_FEATURES)
     keys = [_key_or_none(rows.paths[row]) if alive else "" for row, alive in enumerate(rows.alive)]
     found = _find_clips(store, encoder, keys)
     missing = {keys[row]: rows.paths[row] for row in rows.kept() if keys[row] and found.rows[row] < 0}
     if missing:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        (store.folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         num_proc = cfg.num_proc if torch.device(encoder.device).type == "cpu" else 1
         fill(
             store,
@@ -231,6 +231,8 @@ def _encode_clips(
             num_proc=num_proc,
             show_progress=show_progress,
         )
+        if folder.is_dir():  # for people: what this folder's name stands for
+            (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         found = _find_clips(store, encoder, keys)
     return found
 
@@ -316,6 +318,6 @@ def _warn_of_small_sets(report: DatasetReport) -> None:
         report.warnings.append("there is no clip to evaluate on, so nothing will show when training has gone too far.")
     if report.num_self_conditioned:
         report.warnings.append(
-            f"{report.num_self_conditioned:,} clips have no other clip of their speaker; they are conditioned on "
+            f"clips without another clip of their speaker: {report.num_self_conditioned:,}; they are conditioned on "
             "themselves, which teaches the model to copy rather than to speak. Record more clips of these speakers."
         )

@@ -177,7 +177,7 @@ def fill(
         show_progress: show the progress bar.
 
     Raises:
-        UserError: if a process died.
+        UserError: if a process died, or the store's folder can't be written.
     """
     store.remove_orphans()
     batch_size = max(batch_size, -(-len(keys) // MAX_SHARDS_PER_RUN))
@@ -194,6 +194,11 @@ def fill(
                 new_fingerprint=uuid.uuid4().hex,  # the result is on disk already; nothing may be taken for it
                 desc=desc,
             )
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or store.folder} can't be written ({error.strerror or error}); make room on that "
+                "disk, or choose another place with --data.cache_dir. What is finished is kept."
+            ) from error
         except RuntimeError as error:
             if "abruptly died" not in str(error):
                 raise
