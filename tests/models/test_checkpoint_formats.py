@@ -188,7 +188,7 @@ class Harmful:
 def test_file_with_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Harmful()}, "code.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="code"):
+    with pytest.raises(UserError, match=r"holds Python objects besides tensors \(.*open\), which could run code"):
         read_tensors("code.pth")
     assert not (tmp_path / "opened_by_pickle").exists()
 
@@ -196,7 +196,7 @@ def test_file_with_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped):
 def test_plain_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match=r"code\.pth"):
+    with pytest.raises(UserError, match=r"code\.pth is damaged, holds code, or is not a PyTorch file"):
         read_tensors(tmp_path / "code.pth")
     assert not (tmp_path / "opened_by_pickle").exists()
 
@@ -211,6 +211,20 @@ def test_truncated_file_is_refused(weights, tmp_path, suffix, share):
     cut.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match="cut"):
         read_tensors(cut)
+
+
+@pytest.mark.parametrize("content", ["<html>Not found</html>", "version https://git-lfs.github.com/spec/v1"])
+def test_text_in_the_place_of_weights_is_told_from_code(tmp_path, content):
+    (tmp_path / "page.pth").write_text(content)
+    with pytest.raises(UserError, match="web page") as error:
+        read_tensors(tmp_path / "page.pth")
+    assert "weights_only" not in str(error.value)
+
+
+def test_numbered_tensors_are_refused(tmp_path):
+    torch.save({0: torch.zeros(2), "a": torch.zeros(2)}, tmp_path / "numbered.pth")
+    with pytest.raises(UserError, match="aren't tensors with a name: 0;"):
+        read_gpt_weights(tmp_path / "numbered.pth")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3)])
@@ -245,7 +259,14 @@ def test_every_kind_of_misfit_is_named(weights, config):
     assert "1 missing: final_norm.bias" in message
     assert "1 unexpected: mel_solo_embedding" in message
     assert "text_head.weight (300, 64) instead of (256, 64)" in message
-    assert "text_head.bias (torch.int64)" in message
+    assert "text_head.bias (torch.int64, torch.strided)" in message
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor.to(torch.float8_e4m3fn), torch.Tensor.to_sparse])
+def test_kinds_of_tensors_no_program_writes_are_refused(weights, config, change):
+    broken = {**weights, "gpt.ln_f.bias": change(weights["gpt.ln_f.bias"])}
+    with pytest.raises(UserError, match=r"1 not of 16 to 64 bits floating point: gpt\.ln_f\.bias"):
+        check_weights(broken, published_layout(config, attention_buffers=False), "file.pth")
 
 
 def test_values_that_are_not_finite_are_refused(weights, config):

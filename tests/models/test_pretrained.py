@@ -170,8 +170,9 @@ def test_folder_with_a_tokenizer_only_teaches_the_released_weights_its_vocabular
     files = resolve(folder, weights_dir=str(weights_dir))
     assert files.gpt_tokenizer == weights_dir / "tokenizer.json"
     assert files.tokenizer == folder / "tokenizer.json"
-    # The stand-in's sizes can't be read off its weights, so it gets its config here.
-    files = type(files)(**{**vars(files), "gpt_config": base / "config.json"})
+    # The stand-ins' sizes can't be read off their weights, so they get their configs here.
+    configs = {"gpt_config": base / "config.json", "dvae_config": base / "dvae" / "config.json"}
+    files = type(files)(**{**vars(files), **configs})
     model = load_gpt(files)
     assert "tokens keep their rows" in caplog.text
     assert model.config.num_text_tokens == 255  # never smaller than before
@@ -235,6 +236,24 @@ def test_from_scratch_has_rows_for_every_text_id(base, tmp_path):
     assert model.config.num_text_tokens == 60
 
 
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_dvae_with_other_codes_is_refused(base, tmp_path, from_scratch):
+    """Its codes would be read as START and STOP, or lie behind the embedding."""
+    folder = tmp_path / "codes"
+    shutil.copytree(base, folder)
+    DVAE(DVAEConfig(hidden_size=8, codebook_dim=8, num_codes=512, num_resnet_blocks=1)).save_pretrained(folder / "dvae")
+    with pytest.raises(UserError, match="has 512 codes, but the model takes 256"):
+        load_gpt(resolve(folder, from_scratch=from_scratch), from_scratch)
+
+
+def test_places_may_begin_with_the_home_folder(base, weights_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile(base / "tokenizer.json", tmp_path / "own.json")
+    files = resolve("released", weights_dir="~/weights", tokenizer="~/own.json")
+    assert files.tokenizer == tmp_path / "own.json"
+    assert files.dvae_weights == weights_dir / "dvae.pth"
+
+
 def test_own_weights_that_do_not_fill_the_model_are_refused(base, tmp_path):
     folder = tmp_path / "partial"
     shutil.copytree(base, folder)
@@ -261,6 +280,8 @@ def test_dvae_that_does_not_fill_the_model_is_refused(base, tmp_path):
         ("{", "JSON"),
         ('{"model_type": "gpt2"}', "gpt2"),
         ('{"model_type": "tortoise_gpt", "num_heads": 5}', "num_heads 5"),
+        ('{"model_type": "tortoise_gpt", "num_heads": 0}', "num_heads is 0; expected whole numbers above 0"),
+        ('{"model_type": "tortoise_gpt", "num_layers": "two"}', "num_layers is 'two'"),
     ],
 )
 def test_wrong_config_is_named(base, tmp_path, content, expected):

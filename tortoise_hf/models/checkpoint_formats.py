@@ -32,6 +32,7 @@ _DUPLICATE = re.compile(r"^(inference_model\..*|gpt\.w[tp]e\.weight)$")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "gpt")
 _HEAD_SIZE = 64  # width per attention head of every TorToiSe GPT; weights don't tell the number of heads
 _MASKED_BIAS = -1e4  # GPT-2's value for masked scores in transformers before 4.30
+_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES_SHOWN = 40
 
 
@@ -113,12 +114,18 @@ def _load_pickle(path: Path) -> Any:
         # Only the zip format of PyTorch 1.6 and later can be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if re.search(r"weights.only|Unsupported (global|class|operand)|GLOBAL", str(error), re.IGNORECASE):
+        # PyTorch's own message isn't shown: it advises to switch the safety off.
+        found = re.search(r"GLOBAL (\S+)|unrecognized function (\S+)|unsupported class (\S+)", str(error))
+        if found is not None:
             raise UserError(
-                f"{path} holds Python objects besides tensors, which could run code when opened, so it was not opened; "
-                f"ask for a file with the bare weights, or convert it to safetensors where you trust it."
-            ) from error
-        raise UserError(f"{path} is damaged or not a PyTorch file ({error}); fetch it again.") from error
+                f"{path} holds Python objects besides tensors ({found[found.lastindex]}), which could run code when "
+                f"opened, so it was not opened; ask for a file with the bare weights, or convert it to safetensors "
+                f"where you trust it."
+            ) from None
+        raise UserError(
+            f"{path} is damaged, holds code, or is not a PyTorch file (perhaps a web page or a Git LFS pointer that "
+            f"was saved in its place); fetch it again."
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or not a PyTorch file ({reason}); fetch it again.") from error
@@ -136,9 +143,13 @@ def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
             content = inner
     if not isinstance(content, Mapping) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} holds {type(content).__name__}, expected a table of weights by name.")
-    strangers = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    strangers = [
+        str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, torch.Tensor))
+    ]
     if strangers:
-        raise UserError(f"{path} holds entries that aren't tensors: {_name_list(strangers)}; expected weights only.")
+        raise UserError(
+            f"{path} holds entries that aren't tensors with a name: {_name_list(strangers)}; expected weights only."
+        )
     return dict(content)
 
 
@@ -201,8 +212,8 @@ def config_from_weights(weights: Mapping[str, torch.Tensor], source: str | Path)
 def check_weights(weights: Mapping[str, torch.Tensor], layout: Layout, source: str | Path) -> None:
     """Refuse weights that don't fill a model exactly.
 
-    Raises: UserError: naming missing, unexpected and mis-shaped tensors, ones that aren't floats, and ones that hold
-        NaN or infinity.
+    Raises: UserError: naming missing, unexpected and mis-shaped tensors, ones of a kind no TorToiSe file holds
+        (integers, 8-bit floats, sparse ones), and ones with NaN or infinity.
     """
     problems = []
     missing = [key for key in layout if key not in weights]
@@ -213,12 +224,16 @@ def check_weights(weights: Mapping[str, torch.Tensor], layout: Layout, source: s
         for key in shared
         if tuple(weights[key].shape) != layout[key][0]
     ]
-    kinds = [f"{key} ({weights[key].dtype})" for key in shared if not weights[key].is_floating_point()]
+    kinds = [
+        f"{key} ({weights[key].dtype}, {weights[key].layout})"
+        for key in shared
+        if weights[key].dtype not in _WEIGHT_DTYPES or weights[key].layout != torch.strided
+    ]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
             problems.append(f"{len(names)} {what}: {_name_list(names)}")
     if kinds:
-        problems.append(f"{len(kinds)} not floating point: {_name_list(kinds)}")
+        problems.append(f"{len(kinds)} not of 16 to 64 bits floating point: {_name_list(kinds)}")
     if not problems:
         broken = [key for key in shared if not bool(torch.isfinite(weights[key]).all())]
         if broken:

@@ -87,7 +87,8 @@ def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpo
 
     Raises: UserError: if the base doesn't exist or is ambiguous, or a released file can't be had.
     """
-    own_tokenizer = cfg.tokenizer
+    own_tokenizer = None if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
+    weights_dir = None if cfg.weights_dir is None else Path(cfg.weights_dir).expanduser()
     if own_tokenizer is not None:
         TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
     found = {} if cfg.base == RELEASED_BASE else _look_into_base(Path(cfg.base).expanduser(), cfg.from_scratch)
@@ -100,11 +101,11 @@ def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpo
     # Without weights of its own a base uses the released ones, which were made with the released tokenizer.
     if "gpt_weights" in lacking:
         names.add("tokenizer.json")
-    fetched = fetch_released(sorted(names), cfg.weights_dir, cache_dir=cache_dir, endpoint=endpoint)
+    fetched = fetch_released(sorted(names), weights_dir, cache_dir=cache_dir, endpoint=endpoint)
 
     paths = found | {role: fetched[name].path for role, name in lacking.items()}
     if own_tokenizer is not None:
-        paths["tokenizer"] = Path(own_tokenizer)
+        paths["tokenizer"] = own_tokenizer
         lacking.pop("tokenizer", None)
     made_with = paths["tokenizer"]
     if "gpt_weights" in lacking:
@@ -187,6 +188,12 @@ def _read_config(path: Path, config_class: type[Any]) -> Any:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != config_class.model_type:
         raise UserError(f"{path} describes model_type {kind!r}, expected {config_class.model_type!r}.")
+    counts = [name for name, default in vars(config_class).items() if type(default) is int]
+    wrong = [name for name in counts if name in values and not (type(values[name]) is int and values[name] > 0)]
+    if wrong:
+        raise UserError(
+            f"{path}: {', '.join(f'{name} is {values[name]!r}' for name in wrong)}; expected whole numbers above 0."
+        )
     try:
         return config_class.from_dict(values)
     except (TypeError, ValueError) as error:
@@ -201,16 +208,19 @@ def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0) -> Tor
         from_scratch: random weights of the base's size, with text rows for `files.tokenizer`.
         seed: of the random weights; the global random state is left as it was.
 
-    Raises: UserError: if the weights don't fill the model exactly (see `check_weights`) or can't be read.
+    Raises: UserError: if the weights don't fill the model exactly (see `check_weights`) or can't be read, or the DVAE's
+        codes aren't the model's.
     """
     if from_scratch or files.gpt_weights is None:
         config = _read_config(files.gpt_config, GPTConfig) if files.gpt_config is not None else GPTConfig()
         vocab_size = TextTokenizer.from_file(files.tokenizer).vocab_size
         config.num_text_tokens = max(config.num_text_tokens, vocab_size)
+        _check_codes(files, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return TortoiseGPT(config).eval()
     config, weights = load_base_weights(files)
+    _check_codes(files, config)
     return build_gpt(config, weights)
 
 
@@ -246,6 +256,15 @@ def _check_rows(tokenizer: Path, config: GPTConfig) -> None:
         raise UserError(
             f"{tokenizer} has {vocab_size} text ids, but the weights hold rows for {config.num_text_tokens}; they were "
             f"made with another tokenizer. Put that one beside the weights and pass yours as --model.tokenizer."
+        )
+
+
+def _check_codes(files: BaseFiles, config: GPTConfig) -> None:
+    dvae = DVAEConfig() if files.dvae_config is None else _read_config(files.dvae_config, DVAEConfig)
+    if dvae.num_codes != config.num_mel_codes:
+        raise UserError(
+            f"{files.dvae_weights} has {dvae.num_codes:,} codes, but the model takes {config.num_mel_codes:,}; put the "
+            f"DVAE it was trained with beside its weights, as dvae/model.safetensors and dvae/config.json."
         )
 
 
