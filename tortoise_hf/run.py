@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerState
 
 from tortoise_hf.checkpoint import (
@@ -299,6 +300,8 @@ def start_or_resume(
 ) -> TrainerState:
     """Counters of a run that begins, or everything as its checkpoint left it; every process calls it."""
     if run.checkpoint is None:
+        # Encoding clips and making weights draw random numbers, and a run started again finds some of that done.
+        set_seed(cfg.training.seed, device_specific=True)
         return mark_process(TrainerState(), cfg, accelerator, run.max_steps)
     state = load_checkpoint(run.checkpoint, accelerator, accelerator.unwrap_model(model), optimizer, lr_scheduler)
     restore_callbacks(state, callbacks)
