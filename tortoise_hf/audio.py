@@ -36,6 +36,10 @@ SAMPLES_PER_CODE = 1024
 NUM_MEL_BINS = 80
 NUM_MEL_BINS_24K = 100
 FFT_SIZE = 1024
+MIRRORED_FRAMES = FFT_SIZE // 2 // HOP_LENGTH
+"""First frames of a mel spectrogram that hear the waveform's beginning mirrored: their window reaches past it."""
+CUT_FRAMES = 8
+"""Frames between two places where a clip may be cut for conditioning: 0.09 s."""
 MIN_MEL_SAMPLES = FFT_SIZE // 2 + 1
 """Shortest waveform with a mel spectrogram: its ends are mirrored by half a window."""
 LOG_FLOOR = 1e-5

@@ -16,6 +16,7 @@ from tortoise_hf.data.examples import (
     CLIP_FEATURES,
     TEXT_FEATURES,
     ClipEncoder,
+    EncodedClip,
     TextEncoder,
     clip_key,
     join_examples,
@@ -41,18 +42,18 @@ def encode_as_the_reference_trainer_does(samples: torch.Tensor) -> np.ndarray:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_codes(encoder):
     samples = torch.from_numpy(waveform(100_000))
-    mel, codes = ClipEncoder(load_dvae, MEL_NORMS, 1, LIMIT, device="cuda").encode(samples)
+    found = ClipEncoder(load_dvae, MEL_NORMS, 1, LIMIT, device="cuda").encode(samples)
     load_dvae().cpu()
-    expected_mel, expected_codes = encoder.encode(samples)
-    assert codes.tolist() == expected_codes.tolist()
-    np.testing.assert_allclose(mel.astype(np.float32), expected_mel.astype(np.float32), atol=5e-3)
+    expected = encoder.encode(samples)
+    assert found.mel_codes.tolist() == expected.mel_codes.tolist()
+    np.testing.assert_allclose(found.mel.astype(np.float32), expected.mel.astype(np.float32), atol=5e-3)
 
 
 # Around multiples of 256 and 1024 and up to the reference's padding itself.
 @pytest.mark.parametrize("num_samples", [13_230, 20_479, 20_480, 20_481, 20_735, 44_000, 98_304, 143_325, 240_000])
 def test_codes_are_those_of_the_clip_followed_by_silence(encoder, num_samples):
     samples = torch.from_numpy(waveform(num_samples, seed=num_samples))
-    _, codes = encoder.encode(samples)
+    codes = encoder.encode(samples).mel_codes
     assert codes.tolist() == encode_as_the_reference_trainer_does(samples).tolist()
     assert len(codes) == num_codes(num_samples)
     assert len(set(codes.tolist())) > 3
@@ -61,12 +62,23 @@ def test_codes_are_those_of_the_clip_followed_by_silence(encoder, num_samples):
 @pytest.mark.parametrize("num_samples", [13_230, 20_480, 44_000])
 def test_after_its_mel_comes_nothing_but_silence(encoder, num_samples):
     samples = torch.from_numpy(waveform(num_samples, seed=num_samples))
-    mel, _ = encoder.encode(samples)
+    mel = encoder.encode(samples).mel
     padded = LogMel(MEL_NORMS)(torch.nn.functional.pad(samples, (0, 20_000)))[0].T
     silence = LogMel(MEL_NORMS).silence
     torch.testing.assert_close(torch.from_numpy(mel).float(), padded[: len(mel)], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(padded[len(mel) :], silence.expand(len(padded) - len(mel), 80))
     assert mel.dtype == np.float16
+
+
+@pytest.mark.parametrize("num_samples", [800, 2048, 2049, 44_000])
+def test_first_frames_of_a_cut_clip(encoder, num_samples):
+    samples = torch.from_numpy(waveform(num_samples, seed=num_samples))
+    cuts = encoder.encode(samples).mel_cuts
+    assert cuts.shape == (max(1, num_samples // 2048), 2, 80)
+    for number, cut in enumerate(cuts):
+        rest = torch.nn.functional.pad(samples[number * 2048 :], (0, 4096))
+        expected = LogMel(MEL_NORMS)(rest)[0, :, :2].T
+        torch.testing.assert_close(torch.from_numpy(cut).float(), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_limits_are_inclusive_and_give_a_note_instead_of_a_record(encoder, tmp_path):
@@ -129,7 +141,8 @@ def test_examples_are_put_together_in_order_without_copies(tmp_path):
     def clip(key: str, value: int) -> dict:
         mel = np.full((value, 80), value, np.float16)
         codes = np.full(value, value, np.int16)
-        return {"key": key, "status": "ok", "detail": "", "num_samples": value, "mel": mel, "mel_codes": codes}
+        clip = EncodedClip(mel, mel[:2], codes)._asdict()
+        return {"key": key, "status": "ok", "detail": "", "num_samples": value, **clip}
 
     clips.write([clip("a", 1), clip("unused", 9)])
     clips.write([clip("c", 3), clip("b", 2)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tortoise_hf.audio import HOP_LENGTH, NUM_MEL_BINS, SAMPLE_RATE, silent_frame
+from tortoise_hf.audio import CUT_FRAMES, HOP_LENGTH, MIRRORED_FRAMES, NUM_MEL_BINS, SAMPLE_RATE, silent_frame
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,8 @@ class ConditioningDraws:
         self.seed = seed
         self._silence = silent_frame(mel_norms.float()).numpy()
         sources = [examples] if pool is None else [examples, pool]
-        self._sources = [source.select_columns(["num_samples", "mel"]).with_format("arrow") for source in sources]
+        columns = ["num_samples", "mel", "mel_cuts"]
+        self._sources = [source.select_columns(columns).with_format("arrow") for source in sources]
         self._num_own = len(examples)
         names = [source.select_columns(["speaker", "clip_id"])[:] for source in sources]
         speakers = [speaker for one in names for speaker in one["speaker"]]
@@ -82,8 +83,9 @@ class ConditioningDraws:
     def __call__(self, draw: Draw) -> np.ndarray:
         """Conditioning mels of one row.
 
-        Returns: (K, 80, F) float32 normalised log-mel. A clip longer than the window is cut to a random part of it, a
-            shorter one is followed by silence: to within float16 what the front end gives for the zero-padded clip.
+        Returns: (K, 80, F) float32 normalised log-mel, to within float16 what the front end gives for the waveform: of
+            a clip longer than the window a random part, a shorter one with zeros behind it. Only the last two frames of
+            a part hear what follows it in the clip instead of its end mirrored; the encoder doesn't answer there.
         """
         rows, rng = self.choose(draw)
         return np.stack([self._window(int(row), rng) for row in rows])
@@ -94,9 +96,12 @@ class ConditioningDraws:
         table = source[row]
         mel = table["mel"][0].values.to_numpy().reshape(-1, NUM_MEL_BINS)
         spare_samples = table["num_samples"][0].as_py() - self.num_samples
-        first = int(rng.integers(max(0, spare_samples) // HOP_LENGTH + 1))
+        cut = int(rng.integers(max(0, spare_samples) // (CUT_FRAMES * HOP_LENGTH) + 1))
+        first = cut * CUT_FRAMES
         part = mel[first : first + self.num_frames]
         window = np.empty((NUM_MEL_BINS, self.num_frames), dtype=np.float32)
         window[:, : len(part)] = part.T
         window[:, len(part) :] = self._silence[:, None]
+        cuts = table["mel_cuts"][0].values.to_numpy().reshape(-1, MIRRORED_FRAMES, NUM_MEL_BINS)
+        window[:, :MIRRORED_FRAMES] = cuts[cut].T
         return window

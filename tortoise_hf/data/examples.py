@@ -11,19 +11,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from tortoise_hf.audio import FFT_SIZE, HOP_LENGTH, SAMPLES_PER_CODE, AudioError, LogMel, load_waveform, num_codes
+from tortoise_hf.audio import (
+    CUT_FRAMES,
+    FFT_SIZE,
+    HOP_LENGTH,
+    MIRRORED_FRAMES,
+    SAMPLES_PER_CODE,
+    AudioError,
+    LogMel,
+    load_waveform,
+    num_codes,
+)
 from tortoise_hf.data.store import Found, Record, make_key
 from tortoise_hf.models.dvae import DVAE
 from tortoise_hf.text import UNK_ID, TextTokenizer, clean_training_text
 
-CLIPS_VERSION = 2
+CLIPS_VERSION = 3
 """Raise it when the same recording would give another record: it belongs to the name of every clip store."""
 TEXTS_VERSION = 1
 """Raise it when the same text would give another record, for instance because `clean_training_text` changed."""
@@ -36,6 +46,7 @@ CLIP_FEATURES = Features(
         "detail": Value("string"),
         "num_samples": Value("int32"),  # at 22 050 Hz
         "mel": List(Value("float16")),  # (F, 80) flattened, normalised, until the first frame of silence after the clip
+        "mel_cuts": List(Value("float16")),  # (N, 2, 80) flattened: first frames of the clip cut before frame 0, 8, ...
         "mel_codes": List(Value("int16")),  # (C,)
     }
 )
@@ -46,7 +57,22 @@ TEXT_FEATURES = Features(
         "text_ids": List(Value("int16")),
     }
 )
-_NOTHING = np.zeros(0, dtype=np.int16)
+
+
+class EncodedClip(NamedTuple):
+    """What a recording is turned into."""
+
+    mel: np.ndarray
+    """(F, 80) float16 frames up to the first that hears only silence."""
+    mel_cuts: np.ndarray
+    """(N, 2, 80) float16: the first two frames of what is left when the clip is cut before frame 0, 8, 16, ... They
+    hear that beginning mirrored, so they are others than in the middle of `mel`; and the conditioning encoder answers
+    in the place of the very first frame."""
+    mel_codes: np.ndarray
+    """(C,) int16, S // 1024 + 1 of them."""
+
+
+_NOTHING = EncodedClip(np.zeros(0, np.float16), np.zeros(0, np.float16), np.zeros(0, np.int16))
 
 
 def clip_key(path: str) -> str:
@@ -114,19 +140,16 @@ class ClipEncoder:
             except OSError:
                 continue
             if self.min_samples <= len(waveform) <= self.max_samples:
-                mel, mel_codes = self.encode(waveform)
-                yield _record(key, "ok", "", len(waveform), mel, mel_codes)
+                yield _record(key, "ok", "", len(waveform), self.encode(waveform))
             else:
                 yield _record(self.skipped_key(key), "skipped", "", len(waveform))
 
     @torch.no_grad()
-    def encode(self, waveform: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, waveform: torch.Tensor) -> EncodedClip:
         """Mel spectrogram and codes of one clip as if endless silence followed it.
 
         Args:
             waveform: (S,) at 22 050 Hz.
-
-        Returns: (F, 80) float16 frames up to the first that hears only silence, and C = S // 1024 + 1 codes as int16.
         """
         log_mel, dvae = self._load()
         count = num_codes(len(waveform))
@@ -137,7 +160,14 @@ class ClipEncoder:
         mel = log_mel(padded)
         codes = dvae.encode(mel)[0, :count]
         num_frames = (len(waveform) + FFT_SIZE // 2) // HOP_LENGTH + 1
-        return mel[0, :, :num_frames].T.half().cpu().numpy(), codes.cpu().numpy().astype(np.int16)
+        cut_samples = CUT_FRAMES * HOP_LENGTH
+        num_cuts = max(1, len(waveform) // cut_samples)
+        cuts = log_mel(padded[: num_cuts * cut_samples].view(num_cuts, cut_samples))[:, :, :MIRRORED_FRAMES]
+        return EncodedClip(
+            mel[0, :, :num_frames].T.half().cpu().numpy(),
+            cuts.transpose(1, 2).half().cpu().numpy(),
+            codes.cpu().numpy().astype(np.int16),
+        )
 
     def _load(self) -> tuple[LogMel, DVAE]:
         if self._networks is None:
@@ -150,22 +180,8 @@ class ClipEncoder:
         return self._networks
 
 
-def _record(
-    key: str,
-    status: str,
-    detail: str,
-    num_samples: int = 0,
-    mel: np.ndarray = _NOTHING,
-    mel_codes: np.ndarray = _NOTHING,
-) -> Record:
-    return {
-        "key": key,
-        "status": status,
-        "detail": detail,
-        "num_samples": num_samples,
-        "mel": mel.astype(np.float16, copy=False),
-        "mel_codes": mel_codes,
-    }
+def _record(key: str, status: str, detail: str, num_samples: int = 0, clip: EncodedClip = _NOTHING) -> Record:
+    return {"key": key, "status": status, "detail": detail, "num_samples": num_samples, **clip._asdict()}
 
 
 class TextEncoder:
@@ -197,7 +213,7 @@ def join_examples(columns: dict[str, Sequence[Any]], texts: Found, clips: Found)
         texts: text records, one for each example.
         clips: clip records, a different one for each example.
 
-    Returns: Dataset of N rows: `columns`, text_ids, num_samples, mel, mel_codes. The last three are memory-mapped.
+    Returns: Dataset of N rows: `columns`, text_ids, and memory-mapped num_samples, mel, mel_cuts, mel_codes.
     """
     assert len(set(clips.rows.tolist())) == len(clips.rows), "two examples share a recording"
     small = pa.table({**columns, "text_ids": texts.records.data.column("text_ids").take(pa.array(texts.rows))})
@@ -205,5 +221,5 @@ def join_examples(columns: dict[str, Sequence[Any]], texts: Found, clips: Found)
     example_of = np.full(len(clips.records), -1)
     example_of[clips.rows] = np.arange(len(clips.rows))
     beside = Dataset(small.take(pa.array(example_of, mask=example_of < 0)))
-    stored = clips.records.select_columns(["num_samples", "mel", "mel_codes"])
+    stored = clips.records.select_columns(["num_samples", *EncodedClip._fields])
     return concatenate_datasets([beside, stored], axis=1).select(clips.rows)

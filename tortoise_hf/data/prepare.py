@@ -46,7 +46,7 @@ class Prepared:
     """A dataset ready for training.
 
     Columns of the examples: clip_id, speaker, text (as written), num_positions (see `count_positions`), text_ids,
-    num_samples (at 22 050 Hz), mel (float16, frames of 80 values after each other), mel_codes.
+    num_samples (at 22 050 Hz), and mel, mel_cuts and mel_codes as in `EncodedClip`, flattened.
     """
 
     train: Dataset
