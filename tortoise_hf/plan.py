@@ -15,6 +15,7 @@ from typing import Any
 from tortoise_hf.calculator import Calculation, calculate
 from tortoise_hf.config import PLANNED, Config
 from tortoise_hf.optimizer_state import checkpoint_bytes
+from tortoise_hf.units import format_bytes, format_seconds
 
 SET_BY_USER = "set by you"
 AS_BEGUN = "as this run began"
@@ -44,7 +45,7 @@ ENOUGH_CLIPS_AT_ONCE = 4
 FEW_TRAIN_CLIPS = 128
 FEW_EVAL_CLIPS = 20
 """Sizes below which the guide warns, too."""
-SECONDS_PER_MINUTE, GIB = 60, 2**30
+MINUTES_PER_HOUR = 60
 
 
 @dataclass(frozen=True)
@@ -185,23 +186,6 @@ class Plan:
             "prediction": dataclasses.asdict(self.prediction),
             "measurement": self.measurement and self.measurement.to_dict(),
         }
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 5 s` or `2 h 10 min`."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
-
-
-def format_bytes(count: float) -> str:
-    """`310 MiB` or `5.1 GiB`."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def accumulation(batch_size: int, micro_batch_size: int, facts: Facts) -> int:
@@ -355,7 +339,7 @@ class _Resolver:
         if self.cfg.training.plan == "tortoise":
             return 88, "plan: the guide's last milestone is epoch 72; one interval more"
         fewest, most = EPOCHS
-        wanted = math.ceil(HOURS_HEARD * SECONDS_PER_MINUTE / max(self.facts.minutes, 1e-9))
+        wanted = math.ceil(HOURS_HEARD * MINUTES_PER_HOUR / max(self.facts.minutes, 1e-9))
         epochs = max(fewest, min(most, wanted))
         if wanted > most:
             return epochs, f"plan: the most; {HOURS_HEARD} hours of listening would be {wanted:,}"

@@ -11,8 +11,8 @@ from tortoise_hf.config import Config
 from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.export import ExportReport
 from tortoise_hf.models.gpt import TortoiseGPT
-from tortoise_hf.plan import format_seconds
 from tortoise_hf.run import EXPORT_DIR, REPORT_NAME, Run
+from tortoise_hf.units import format_seconds
 
 LEVEL = 0.005
 """Relative change of the eval loss that counts as none."""
