@@ -182,11 +182,6 @@ class LogMel(nn.Module):
         """
         return _log_mel(self.spectrogram, waveform) / self.norms.unsqueeze(1)
 
-    @property
-    def silence(self) -> torch.Tensor:
-        """(80,) what a frame of digital silence looks like."""
-        return silent_frame(self.norms)
-
 
 class LogMel24k(nn.Module):
     """Log-mel of 24,000 Hz audio: 100 bins to 12 kHz on the Slaney scale, of the magnitude spectrum. Not normalised."""

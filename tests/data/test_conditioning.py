@@ -68,14 +68,12 @@ def test_other_clips_of_the_same_speaker():
         drawn = drawn_clips(draws, index)
         assert set.union(*drawn) == others
         assert all(len(clips) == 2 for clips in drawn)
-    assert draws.num_self_conditioned == 0
 
 
 def test_the_clip_itself_only_if_its_speaker_has_no_other():
     draws = ConditioningDraws(make_examples("abbc"), MEL_NORMS)
     assert set.union(*drawn_clips(draws, 0)) == {0}
     assert set.union(*drawn_clips(draws, 1)) == {2}
-    assert draws.num_self_conditioned == 2
 
 
 def test_evaluation_clips_also_hear_the_training_clips():
@@ -83,7 +81,6 @@ def test_evaluation_clips_also_hear_the_training_clips():
     assert set.union(*drawn_clips(draws, 0)) == {3, 4}
     assert set.union(*drawn_clips(draws, 1)) == {5}
     assert set.union(*drawn_clips(draws, 2)) == {2}
-    assert draws.num_self_conditioned == 1
 
 
 def test_a_pool_with_the_clip_in_it_does_not_give_it_away():

@@ -62,16 +62,10 @@ class ConditioningDraws:
         by_speaker = np.argsort(self._speaker, kind="stable")
         self._members = np.split(by_speaker, np.cumsum(np.bincount(self._speaker))[:-1])
 
-    @property
-    def num_self_conditioned(self) -> int:
-        """Clips whose speaker has no other clip; they are conditioned on themselves."""
-        alone = np.array([len(np.unique(self._identity[members])) == 1 for members in self._members])
-        return int(alone[self._speaker[: self._num_own]].sum())
-
     def choose(self, draw: Draw) -> tuple[np.ndarray, np.random.Generator]:
         """Rows of the clips a row is conditioned on (pool rows count on from the examples), and the rest of its chance.
 
-        They differ from each other where the speaker has enough clips.
+        They differ from each other where the speaker has enough clips; the row's own only if there is no other.
         """
         rng = np.random.default_rng([self.seed, draw.epoch, draw.index])
         members = self._members[self._speaker[draw.index]]
