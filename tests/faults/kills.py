@@ -1,9 +1,9 @@
-"""Kill the training script again and again, at random moments and inside saves, until its runs are done.
+"""Stop the training script again and again, at random moments and inside saves, until its runs are done.
 
     python tests/faults/kills.py --kills 20 --seed 0
 
-starts the same command anew after every SIGKILL and compares each run that ends with one that was left alone: weights,
-optimizer, random numbers, log. `test_kills.py` does the same with fewer kills.
+starts the same command anew after every SIGKILL and Ctrl-C and compares each run that ends with one that was left alone:
+weights, optimizer, random numbers, log, exported file. `test_kills.py` does the same with fewer kills.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _die_in_a_save(count: int) -> None:
 
 
 def undisturbed_seconds(argv: list[str], folder: Path) -> float:
-    """Seconds an undisturbed run takes; it becomes the one the others are compared with."""
+    """Seconds of a run that is left alone and finds everything prepared."""
     began = time.monotonic()
     started = start(folder, train_script, argv)
     assert started.wait() == [0], started.output()
@@ -108,27 +108,34 @@ def with_dropout(base: Path, folder: Path) -> Path:
 def survive(base: Path, data: Path, folder: Path, kills: int, seed: int, say=print) -> dict[str, int]:
     """Kill `kills` times and finish; `AssertionError` if a run ends otherwise than the undisturbed one.
 
-    Returns: how many kills came at random moments, how many inside saves, and how many runs ended.
+    Returns: how many kills came at random moments, how many inside saves, how many of them were Ctrl-C, and how many
+        runs ended.
     """
     chance = random.Random(seed)
     whole = folder / "whole"
     base = with_dropout(base, folder / "base_with_dropout")
-    seconds = undisturbed_seconds(flags(base, data, folder, whole), folder / "processes")
-    counts = {"random": 0, "in a save": 0, "runs": 0}
-    while counts["random"] + counts["in a save"] < kills or (folder / "broken").exists():
+    undisturbed_seconds(flags(base, data, folder, whole), folder / "processes")
+    again = flags(base, data, folder, folder / "again")
+    seconds = undisturbed_seconds(again, folder / "processes")
+    check_equal(whole, folder / "again")
+    counts = {"at random": 0, "in a save": 0, "Ctrl-C": 0, "runs": 0}
+    done = 0
+    while done < kills or (folder / "broken").exists():
         argv = flags(base, data, folder, folder / "broken")
-        killing = counts["random"] + counts["in a save"] < kills
-        operations = chance.randrange(40) if killing and chance.random() < 0.5 else None
+        kind = chance.choice(["at random", "in a save", "Ctrl-C"]) if done < kills else None
+        operations = chance.randrange(40) if kind == "in a save" else None
         started = start(folder / "processes", train_script, argv, operations)
-        if killing and operations is None:
-            started.processes[0].join(chance.uniform(0, seconds))
-            started.processes[0].kill()
+        if kind in ("at random", "Ctrl-C"):
+            started.processes[0].join(chance.uniform(0.3, 1) * seconds)
+            number = signal.SIGKILL if kind == "at random" else signal.SIGINT
+            if started.processes[0].is_alive():
+                os.kill(started.processes[0].pid, number)
         (code,) = started.wait()
-        if code == -signal.SIGKILL:
-            kind = "random" if operations is None else "in a save"
+        if code in (-signal.SIGKILL, 130):
             counts[kind] += 1
+            done += 1
             state = sorted(path.name for path in (folder / "broken").glob("*checkpoint*"))
-            say(f"kill {counts['random'] + counts['in a save']} ({kind}); left: {', '.join(state) or 'nothing'}")
+            say(f"{done}: stopped {kind}; left: {', '.join(state) or 'nothing'}")
             continue
         assert code == 0, started.output()
         check_equal(whole, folder / "broken")
@@ -165,10 +172,10 @@ def main() -> None:
         conftest.make_tiny_voice(data, 10)
         began = time.monotonic()
         counts = survive(base, data, Path(folder), args.kills, args.seed)
-        kills = counts["random"] + counts["in a save"]
         print(
-            f"{kills} of {kills} kills survived ({counts['random']} at random moments, {counts['in a save']} inside "
-            f"saves), {counts['runs']} runs ended equal to the undisturbed one; {time.monotonic() - began:.0f} s."
+            f"{args.kills} of {args.kills} survived: {counts['at random']} SIGKILLs at random moments, "
+            f"{counts['in a save']} inside saves, {counts['Ctrl-C']} times Ctrl-C; {counts['runs']} runs ended equal "
+            f"to the undisturbed one; {time.monotonic() - began:.0f} s."
         )
 
 
