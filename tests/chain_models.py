@@ -80,3 +80,61 @@ def golden_vocoder():
     tensors["in.z"] = pad(tensors["in.z"], (0, 0, 0, unused))
     model.load_state_dict(weights, strict=True)
     return model.eval(), tensors
+
+
+def make_tiny_chain(folder):
+    """Every model of the chain, small and random, as `weights_dir` takes them; `make_tiny_voice` fits."""
+    import torch
+    from transformers import UnivNetConfig, UnivNetModel
+
+    from tortoise_hf.models.clvp import CLVP, CLVPConfig
+    from tortoise_hf.models.diffusion import DiffusionConfig, DiffusionDecoder
+    from tortoise_hf.models.random_latents import RandomLatents, RandomLatentsConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        models = {
+            "clvp": CLVP(CLVPConfig(hidden_size=32, num_layers=1, num_heads=1, num_mel_codes=256)),
+            "diffusion": DiffusionDecoder(DiffusionConfig(hidden_size=32, num_layers=1, num_heads=2, latent_size=32)),
+            "vocoder": UnivNetModel(
+                UnivNetConfig(model_in_channels=8, model_hidden_channels=4, kernel_predictor_hidden_channels=8)
+            ),
+            "random_gpt": RandomLatents(RandomLatentsConfig(hidden_size=32)),
+            "random_diffusion": RandomLatents(RandomLatentsConfig(hidden_size=64)),
+        }
+        for name, model in models.items():
+            model.save_pretrained(folder / name)
+    return folder
+
+
+def make_tiny_voice(folder, tokenizer_texts):
+    """An export's folder around a random GPT that stops after some dozen codes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tortoise_hf.models.dvae import DVAE, DVAEConfig
+    from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
+    from tortoise_hf.text import train_tokenizer
+
+    folder.mkdir(parents=True)
+    tokenizer = train_tokenizer(tokenizer_texts, 60)
+    tokenizer.save(folder / "tokenizer.json")
+    config = GPTConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_heads=2,
+        num_text_tokens=tokenizer.vocab_size,
+        num_mel_codes=256,
+        num_conditioning_layers=1,
+        dropout=0.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        gpt = TortoiseGPT(config)
+        with torch.no_grad():
+            gpt.mel_head.bias[config.stop_mel_id] += 1.0
+        gpt.save_pretrained(folder)
+        dvae = DVAE(DVAEConfig(hidden_size=16, codebook_dim=8, num_codes=256, num_resnet_blocks=1))
+        dvae.save_pretrained(folder / "dvae")
+    save_file({"mel_norms": torch.full((80,), -4.0)}, folder / "mel_norms.safetensors")
+    return folder

@@ -29,7 +29,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _ATTENTION_BUFFER = re.compile(r"^gpt\.h\.\d+\.attn\.(bias|masked_bias)$")
 # tortoise-tts builds its generation wrapper inside the module; saved afterwards, every weight is there twice or thrice.
 _DUPLICATE = re.compile(r"^(inference_model\..*|gpt\.w[tp]e\.weight)$")
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "gpt")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "gpt", "model_g")  # the last: vocoder.pth
 _HEAD_SIZE = 64  # width per attention head of every TorToiSe GPT; weights don't tell the number of heads
 _MASKED_BIAS = -1e4  # GPT-2's value for masked scores in transformers before 4.30
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,7 +100,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not a file; expected autoregressive weights (.pth or .safetensors).")
+        raise UserError(f"{path} is not a file; expected weights (.pth or .safetensors).")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -122,7 +122,9 @@ class RotaryAngles(nn.Module):
     def forward(self, length: int) -> torch.Tensor:
         """(length, 32) angles in float32: each frequency twice, once for either half of the rotated channels."""
         positions = torch.arange(length, device=self.inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq.float())
+        # Half precision would round the stored frequencies.
+        stored = self.inv_freq.dtype == torch.float32
+        angles = torch.outer(positions, self.inv_freq if stored else _rotary_frequencies().to(positions.device))
         return torch.cat([angles, angles], dim=-1)
 
 

@@ -60,8 +60,8 @@ class BaseFiles:
     """tokenizer.json the run uses; where it differs from `gpt_tokenizer`, text rows are mapped."""
     mel_norms: Path
     """Norms of the mel front end (.safetensors, .pth or .json)."""
-    dvae_weights: Path
-    """Weights of the DVAE (.safetensors or .pth)."""
+    dvae_weights: Path | None
+    """Weights of the DVAE (.safetensors or .pth); None where they weren't asked for."""
     dvae_config: Path | None
     """config.json of the DVAE; None for the released sizes."""
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -77,11 +77,14 @@ class BaseFiles:
         return self.sha256("dvae_weights") == RELEASED["dvae.pth"].sha256
 
 
-def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpoint: str | None = None) -> BaseFiles:
+def resolve_base(
+    cfg: ModelConfig, *, dvae: bool = True, cache_dir: str | Path | None = None, endpoint: str | None = None
+) -> BaseFiles:
     """Find the files of a base, fetching from the release what it lacks.
 
     Args:
         cfg: `base`, `weights_dir`, `tokenizer` and `from_scratch` are read.
+        dvae: False for speaking, which does without a DVAE: the released one isn't fetched for a base that has none.
         cache_dir: the Hub's cache, see `fetch_released`.
         endpoint: the Hub's address, see `fetch_released`.
 
@@ -93,6 +96,8 @@ def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpo
         TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
     found = {} if cfg.base == RELEASED_BASE else _look_into_base(Path(cfg.base).expanduser(), cfg.from_scratch)
     lacking = {role: name for role, name in _RELEASED_NAMES.items() if role not in found}
+    if not dvae:
+        lacking.pop("dvae_weights", None)
     if cfg.from_scratch:
         del lacking["gpt_weights"]
         if own_tokenizer is not None:
@@ -122,7 +127,7 @@ def resolve_base(cfg: ModelConfig, *, cache_dir: str | Path | None = None, endpo
         gpt_tokenizer=made_with,
         tokenizer=paths["tokenizer"],
         mel_norms=paths["mel_norms"],
-        dvae_weights=paths["dvae_weights"],
+        dvae_weights=paths.get("dvae_weights"),
         dvae_config=paths.get("dvae_config"),
         origins=origins,
     )
@@ -260,6 +265,8 @@ def _check_rows(tokenizer: Path, config: GPTConfig) -> None:
 
 
 def _check_codes(files: BaseFiles, config: GPTConfig) -> None:
+    if files.dvae_weights is None:
+        return
     dvae = DVAEConfig() if files.dvae_config is None else _read_config(files.dvae_config, DVAEConfig)
     if dvae.num_codes != config.num_mel_codes:
         raise UserError(

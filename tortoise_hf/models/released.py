@@ -83,6 +83,16 @@ RELEASED = {
     )
 }
 
+# What speaking takes besides. Nobody published hashes, so these too are compared with what the Hub recorded.
+SPEAKING = {
+    name: ReleasedFile(name, (Origin(_MIRROR_REPO, name), Origin(_MAIN_REPO, f".models/{name}")))
+    for name in ("clvp2.pth", "diffusion_decoder.pth", "vocoder.pth", "rlg_auto.pth", "rlg_diffuser.pth")
+}
+
+
+def _released(name: str) -> ReleasedFile:
+    return RELEASED[name] if name in RELEASED else SPEAKING[name]
+
 
 @dataclass(frozen=True)
 class FetchedFile:
@@ -104,15 +114,17 @@ def fetch_released(
     *,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
+    option: str = "model.weights_dir",
 ) -> dict[str, FetchedFile]:
     """Bring released files here: from weights_dir, else from the Hub's cache, else from the Hub and its mirrors.
 
     Args:
-        names: keys of `RELEASED`.
+        names: keys of `RELEASED` or `SPEAKING`.
         weights_dir: folder with the files under their plain names or the repository's paths, or another program's
             download cache (tortoise-tts keeps one in ~/.cache/tortoise/models).
         cache_dir: the Hub's cache; default as HF_HOME and HF_HUB_CACHE say.
         endpoint: the Hub's address; default as HF_ENDPOINT says.
+        option: what the user passes weights_dir as, for messages.
 
     Returns: a `FetchedFile` for each name.
 
@@ -122,12 +134,12 @@ def fetch_released(
     """
     names = list(dict.fromkeys(names))
     if weights_dir is not None and not Path(weights_dir).is_dir():
-        raise UserError(f"model.weights_dir: {weights_dir} is not a folder; put {', '.join(names)} in one.")
+        raise UserError(f"{option}: {weights_dir} is not a folder; put {', '.join(names)} in one.")
     fetched: dict[str, FetchedFile] = {}
     failures: dict[str, list[str]] = {}
     offline = constants.HF_HUB_OFFLINE
     for name in names:
-        file = RELEASED[name]
+        file = _released(name)
         local = _find_local(file, Path(weights_dir)) if weights_dir is not None else None
         if local is not None:
             fetched[name] = _check_local(file, local)
@@ -158,7 +170,7 @@ def fetch_released(
                     logger.warning("%s comes from %s. %s", name, fetched[name].origin, ". ".join(reasons))
                 break
     if failures:
-        raise UserError(_missing_message(failures, weights_dir, endpoint))
+        raise UserError(_missing_message(failures, weights_dir, endpoint, option))
     return fetched
 
 
@@ -252,17 +264,19 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def _missing_message(failures: dict[str, list[str]], weights_dir: str | Path | None, endpoint: str | None) -> str:
+def _missing_message(
+    failures: dict[str, list[str]], weights_dir: str | Path | None, endpoint: str | None, option: str
+) -> str:
     lines = [f"{len(failures)} released file(s) could not be fetched:"]
     for name, reasons in failures.items():
-        file = RELEASED[name]
+        file = _released(name)
         lines.append(f"  {name}" + (f" (sha256 {file.sha256})" if file.sha256 else ""))
         lines += [f"    {reason}" for reason in reasons]
     folder = weights_dir or "FOLDER"
     lines.append(
         f"Connect this machine, or download them elsewhere, put them under these names into a folder and pass "
-        f"--model.weights_dir {folder}; a copy of another machine's ~/.cache/huggingface works too."
+        f"--{option} {folder}; a copy of another machine's ~/.cache/huggingface works too."
     )
-    first = RELEASED[next(iter(failures))]
+    first = _released(next(iter(failures)))
     lines.append(f"For instance: curl -L -o {folder}/{first.name} {first.origins[0].url(endpoint)}")
     return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""Say something with a voice.
+
+    python scripts/speak.py --voice exports/my_voice "Hello." --out hello.wav
+
+The voice is a folder, a run, a user/name on the Hub or a .pth file; the text is the argument, --file or standard input.
+--preview makes a rough sound with the voice's own files alone; without it the released models of the chain are fetched
+once. --stream writes each sentence as soon as it is done; with --out - the sound goes to standard output, for a player:
+
+    python scripts/speak.py --voice exports/my_voice --file book.txt --stream --out - | ffplay -nodisp -autoexit -
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tortoise_hf.cli import run
+from tortoise_hf.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the arguments, speak, say where the sound is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", help="what to say; left out or -: standard input")
+    parser.add_argument("--file", type=Path, help="read the text from this file instead")
+    parser.add_argument("--voice", default="released", help="folder, run, user/name, .pth file (TorToiSe's own GPT)")
+    parser.add_argument("--out", default="speech.wav", help=".wav, .flac, .ogg or .mp3; - for standard output")
+    parser.add_argument("--stream", action="store_true", help="write sentence by sentence")
+    parser.add_argument("--preview", action="store_true", help="rough sound, without the large models")
+
+    speaker = parser.add_argument_group("who speaks (the voice's own latents)")
+    speaker.add_argument("--clips", nargs="+", help="recordings of the speaker, or folders of them")
+    speaker.add_argument("--latents", nargs="+", help="latents of scripts/voice.py or tortoise-tts; several: the mean")
+    speaker.add_argument("--random", type=int, metavar="SEED", help="a voice nobody has")
+
+    quality = parser.add_argument_group("quality and speed")
+    quality.add_argument("--preset", default="fast", help="single_sample, ultra_fast, very_fast, fast, standard, ...")
+    quality.add_argument("--num_samples", type=int, help="rows of codes to choose from")
+    quality.add_argument("--steps", type=int, help="diffusion steps")
+    quality.add_argument("--sampler", choices=("ancestral", "ddim", "dpm++2m"), help="of the diffusion model")
+    quality.add_argument("--temperature", type=float, help="of the codes; 0 for the likeliest")
+    quality.add_argument("--max_codes", type=int, help="longest piece, in codes of 46 ms (500)")
+    quality.add_argument("--seed", type=int, default=0, help="the same seed says it the same way (0)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the larger models")
+    machine.add_argument("--low_memory", action="store_true", help="one model at a time: slower, below 4 GiB")
+    machine.add_argument("--weights_dir", help="folder with the released files")
+    args = parser.parse_args(argv)
+    run(lambda: speak(args))
+
+
+def speak(args: argparse.Namespace) -> None:
+    """Torch loads only here, so `--help` answers at once."""
+    import torch
+
+    from tortoise_hf.speech import choose_preset
+    from tortoise_hf.voice import Voice, check_kind, write_speeches
+
+    if args.out != "-":
+        check_kind(Path(args.out))
+    text = read_text(args)
+    options = {name: getattr(args, name) for name in ("num_samples", "steps", "sampler", "temperature", "max_codes")}
+    preset = choose_preset(args.preset, **options)
+    voice = Voice.from_pretrained(
+        args.voice,
+        clips=args.clips,
+        latents=args.latents,
+        random=args.random,
+        weights_dir=args.weights_dir,
+        device=args.device,
+        dtype=args.dtype and getattr(torch, args.dtype),
+        low_memory=args.low_memory,
+        preview=args.preview,
+    )
+    started = time.perf_counter()
+    pieces = voice.pieces(text)
+    total = len(pieces) * (1 if args.preview else preset.num_samples + preset.diffusion.steps)
+    with progress_bar(total) as report:
+        settings = {"preset": preset, "seed": args.seed, "preview": args.preview, "progress": report}
+        if args.stream or args.out == "-":
+            target = sys.stdout.buffer if args.out == "-" else Path(args.out)
+            seconds = write_speeches(voice.stream(text, **settings), target)
+        else:
+            speech = voice.speak(text, **settings)
+            speech.save(args.out)
+            seconds = speech.seconds
+    spent = time.perf_counter() - started
+    kind = "a preview of " if args.preview else ""
+    print(f"{args.out}: {kind}{seconds:.1f} s of speech in {spent:.1f} s", file=sys.stderr)
+
+
+def read_text(args: argparse.Namespace) -> str:
+    """What is to be said."""
+    if args.file is not None and args.text is not None:
+        raise UserError("Give the text as an argument or as --file, not both.")
+    if args.file is not None:
+        try:
+            return args.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{args.file} can't be read as UTF-8 text ({error}).") from error
+    if args.text in (None, "-"):
+        return sys.stdin.read()
+    return args.text
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Counts finished samples and diffusion steps on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def report(stage: str, done: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.update(done)
+
+        yield report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""A voice from its files to sound, with a chain of tiny random models."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from chain_models import make_tiny_chain, make_tiny_voice
+from conftest import SENTENCES
+
+from tortoise_hf.errors import UserError
+from tortoise_hf.latents import VoiceLatents, load_latents, save_latents
+from tortoise_hf.models.checkpoint_formats import published_state_dict, write_published
+from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.speech import PRESETS
+from tortoise_hf.voice import PARAGRAPH_PAUSE, SENTENCE_PAUSE, Voice, write_speeches
+
+QUICK = {"preset": "single_sample", "num_samples": 3, "steps": 3, "max_codes": 40}
+LONG = "The kettle is on. A dog barked at noon. " * 12
+
+
+@pytest.fixture(scope="session")
+def chain_dir(tmp_path_factory):
+    return make_tiny_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def voice_dir(tmp_path_factory):
+    folder = make_tiny_voice(tmp_path_factory.mktemp("voices") / "tiny", SENTENCES)
+    generator = torch.Generator().manual_seed(3)
+    latents = VoiceLatents(torch.randn(1, 32, generator=generator), torch.randn(1, 64, generator=generator))
+    save_latents(latents, folder / "latents.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def voice(voice_dir, chain_dir):
+    return Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu")
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Recordings from short to longer than what is heard of one."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index, seconds in enumerate((0.8, 5.0, 7.0)):
+        soundfile.write(folder / f"{index}.wav", 0.2 * rng.standard_normal(int(22_050 * seconds)), 22_050)
+    return folder
+
+
+def test_speaks(voice, tmp_path):
+    speech = voice.speak("The kettle is on.", **QUICK)
+    assert speech.sample_rate == 24_000
+    assert speech.waveform.dtype == torch.float32
+    assert speech.seconds > 0.1
+    assert speech.waveform.abs().max() <= 1
+    assert speech.waveform.std() > 0
+    speech.save(tmp_path / "new" / "speech.wav")
+    read, rate = soundfile.read(tmp_path / "new" / "speech.wav")
+    assert rate == 24_000
+    np.testing.assert_allclose(read, speech.waveform.numpy(), atol=1 / 32_000)
+    assert speech._repr_html_().startswith('<audio controls src="data:audio/wav;base64,UklGR')
+
+
+def test_the_seed_decides(voice):
+    first, second, other = (voice.speak("Rain fell.", seed=seed, **QUICK).waveform for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert len(first) != len(other) or not torch.equal(first, other)
+
+
+def test_a_batch_is_its_texts(voice):
+    texts = ["Rain fell.", LONG, "He said yes!"]
+    together = voice.speak(texts, **QUICK)
+    assert [speech.text for speech in together] == texts
+    for speech, text in zip(together, texts, strict=True):
+        assert torch.equal(speech.waveform, voice.speak(text, **QUICK).waveform)
+
+
+def test_low_memory_says_the_same(voice, voice_dir, chain_dir):
+    frugal = Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", low_memory=True)
+    assert torch.equal(frugal.speak(LONG, **QUICK).waveform, voice.speak(LONG, **QUICK).waveform)
+    assert not frugal.chain.shelf._models
+
+
+def test_half_precision_speaks(voice_dir, chain_dir):
+    half = Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", dtype=torch.bfloat16)
+    speech = half.speak("The kettle is on.", **QUICK)
+    assert speech.seconds > 0.1
+    assert speech.waveform.isfinite().all()
+
+
+def test_long_text_is_streamed_piece_by_piece(voice, tmp_path):
+    text = LONG + "\n\nHe said yes!"
+    pieces = voice.pieces(text)
+    assert len(pieces) >= 3
+    streamed = list(voice.stream(text, **QUICK))
+    assert [speech.text for speech in streamed] == [piece.text for piece in pieces]
+    whole = voice.speak(text, **QUICK)
+    assert torch.equal(torch.cat([speech.waveform for speech in streamed]), whole.waveform)
+    alone = [voice.speak(piece.text, **QUICK) for piece in pieces]
+    pauses = [len(a.waveform) - len(b.waveform) for a, b in zip(streamed, alone, strict=True)]
+    assert pauses == [int(24_000 * SENTENCE_PAUSE)] * (len(pieces) - 2) + [int(24_000 * PARAGRAPH_PAUSE), 0]
+
+    seconds = write_speeches(iter(streamed), tmp_path / "stream.flac")
+    assert seconds == pytest.approx(whole.seconds)
+    read, _ = soundfile.read(tmp_path / "stream.flac")
+    np.testing.assert_allclose(read, whole.waveform.numpy(), atol=1 / 32_000)
+    pipe = io.BytesIO()
+    write_speeches(iter(streamed), pipe)
+    samples = np.frombuffer(pipe.getvalue()[44:], dtype="<i2")
+    assert pipe.getvalue()[:4] == b"RIFF"
+    assert len(samples) == len(whole.waveform)
+    np.testing.assert_allclose(samples / 32_767, whole.waveform.numpy(), atol=1 / 32_000)
+
+
+def test_progress_counts_samples_and_steps(voice):
+    counts = {}
+    voice.speak(LONG, progress=lambda stage, done: counts.update({stage: counts.get(stage, 0) + done}), **QUICK)
+    pieces = len(voice.pieces(LONG))
+    assert counts == {"codes": 3 * pieces, "diffusion": 3 * pieces}
+
+
+def test_preview_needs_nothing_but_the_voice(voice_dir, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    voice = Voice.from_pretrained(voice_dir, device="cpu", preview=True)
+    speech = voice.speak("The kettle is on.", preview=True, max_codes=40)
+    assert speech.sample_rate == 22_050
+    assert 0 < speech.seconds <= 40 * 1024 / 22_050 + 0.1
+    assert speech.waveform.isfinite().all()
+    again = voice.speak("The kettle is on.", preview=True, max_codes=40)
+    assert torch.equal(again.waveform, speech.waveform)
+
+
+def test_speaker_from_clips_is_stored_and_read(voice_dir, chain_dir, clips, tmp_path):
+    heard = Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", clips=clips)
+    assert heard.latents.gpt.shape == (1, 32)
+    assert heard.latents.diffusion.shape == (1, 64)
+    for name in ("speaker.safetensors", "speaker.pth"):
+        heard.save_latents(tmp_path / name)
+        read = load_latents(tmp_path / name)
+        assert torch.equal(read.gpt, heard.latents.gpt)
+        assert torch.equal(read.diffusion, heard.latents.diffusion)
+    pair = torch.load(tmp_path / "speaker.pth", weights_only=True)  # what tortoise-tts unpacks
+    assert [tuple(latent.shape) for latent in pair] == [(1, 32), (1, 64)]
+    # A folder with clips needs no latents.
+    folder = tmp_path / "with_clips"
+    shutil.copytree(voice_dir, folder)
+    (folder / "latents.safetensors").unlink()
+    shutil.copytree(clips, folder / "conditioning")
+    again = Voice.from_pretrained(folder, weights_dir=chain_dir, device="cpu")
+    assert torch.equal(again.latents.gpt, heard.latents.gpt)
+
+
+def test_voices_are_averaged_and_drawn(voice_dir, chain_dir, tmp_path):
+    def latents(**speaker):
+        return Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", **speaker).latents
+
+    first, second = latents(random=1), latents(random=2)
+    assert not torch.equal(first.gpt, second.gpt)
+    assert torch.equal(latents(random=1).diffusion, first.diffusion)
+    save_latents(first, tmp_path / "first.pth")
+    save_latents(second, tmp_path / "second.safetensors")
+    mean = latents(latents=[tmp_path / "first.pth", tmp_path / "second.safetensors"])
+    torch.testing.assert_close(mean.gpt, (first.gpt + second.gpt) / 2)
+    torch.testing.assert_close(mean.diffusion, (first.diffusion + second.diffusion) / 2)
+
+
+def test_published_file_is_a_voice(voice, voice_dir, chain_dir, tmp_path):
+    """What tortoise-tts-fast takes as --ar-checkpoint, beside a config because the model is so small."""
+    for name in ("config.json", "tokenizer.json", "mel_norms.safetensors"):
+        shutil.copy(voice_dir / name, tmp_path)
+    gpt = TortoiseGPT.from_pretrained(voice_dir)
+    write_published(published_state_dict(gpt.state_dict(), gpt.config), tmp_path / "7_gpt.pth")
+    speaker = voice_dir / "latents.safetensors"
+    same = Voice.from_pretrained(tmp_path / "7_gpt.pth", latents=speaker, weights_dir=chain_dir, device="cpu")
+    assert torch.equal(same.speak("Rain fell.", **QUICK).waveform, voice.speak("Rain fell.", **QUICK).waveform)
+
+
+def test_a_run_stands_for_its_export(voice, voice_dir, chain_dir, tmp_path):
+    shutil.copytree(voice_dir, tmp_path / "run" / "export")
+    (tmp_path / "run" / "export" / "latents.safetensors").rename(tmp_path / "run" / "latents.safetensors")
+    same = Voice.from_pretrained(tmp_path / "run", weights_dir=chain_dir, device="cpu")
+    assert torch.equal(same.latents.gpt, voice.latents.gpt)
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "?!... --", "🙂🙂", "“”"])
+def test_nothing_to_say_is_said(voice, text):
+    with pytest.raises(UserError, match="nothing to say"):
+        voice.speak(text, **QUICK)
+
+
+def test_odd_texts_are_spoken(voice):
+    assert voice.speak("🙂 Hello?! 🙂", **QUICK).seconds > 0.05
+    assert voice.speak("[sad] 100% of $3.50 & more", **QUICK).seconds > 0.05
+    assert len(voice.pieces("One.\n\n...\n\nTwo.")) == 2
+
+
+def test_a_word_of_a_thousand_tokens_is_spoken(voice):
+    pieces = voice.pieces("qzx" * 400)
+    assert len(pieces) > 2
+    most = voice._max_text_ids
+    assert all(len(voice.chain.text_ids(piece.text)) <= most for piece in pieces)
+    digits = voice.pieces("9" * 290)  # one word of 290 characters, far more ids once it is written out
+    assert all(len(voice.chain.text_ids(piece.text)) <= most for piece in digits)
+    assert len(digits) > 1
+    assert voice.speak("9" * 290, **{**QUICK, "num_samples": 1, "max_codes": 10}).seconds > 0
+
+
+def test_ten_thousand_characters(voice):
+    text = ("The kettle is on, and nobody has noticed it yet. " * 250)[:10_000]
+    assert len(voice.pieces(text)) >= 40
+    speech = voice.speak(text, preset="single_sample", num_samples=1, steps=2, max_codes=5)
+    assert speech.seconds > 5
+
+
+def test_unknown_preset_and_wrong_numbers(voice):
+    with pytest.raises(UserError, match=r"fastest.*single_sample, ultra_fast"):
+        voice.speak("Hello.", preset="fastest")
+    with pytest.raises(UserError, match="at least 2, got 1"):
+        voice.speak("Hello.", steps=1)
+    with pytest.raises(UserError, match="temperature must be at least 0"):
+        voice.speak("Hello.", temperature=-1)
+    assert set(PRESETS) == {"single_sample", "ultra_fast", "very_fast", "fast", "standard", "high_quality"}
+
+
+def test_voice_that_is_not_there(tmp_path, chain_dir):
+    with pytest.raises(UserError, match="neither a folder"):
+        Voice.from_pretrained(tmp_path / "nobody", weights_dir=chain_dir)
+    with pytest.raises(UserError, match="can't be used here"):
+        Voice.from_pretrained(tmp_path, device="warp9")
+
+
+def test_folder_with_a_missing_file(voice_dir, chain_dir, tmp_path):
+    folder = tmp_path / "voice"
+    shutil.copytree(voice_dir, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        Voice.from_pretrained(folder, weights_dir=chain_dir, device="cpu")
+    shutil.copy(voice_dir / "model.safetensors", folder)
+    (folder / "latents.safetensors").unlink()
+    with pytest.raises(UserError, match="doesn't say who speaks"):
+        Voice.from_pretrained(folder, weights_dir=chain_dir, device="cpu")
+
+
+def test_chain_with_a_damaged_model(voice_dir, chain_dir, tmp_path):
+    shutil.copytree(chain_dir, tmp_path / "chain")
+    (tmp_path / "chain" / "clvp" / "model.safetensors").write_bytes(b"no weights")
+    voice = Voice.from_pretrained(voice_dir, weights_dir=tmp_path / "chain", device="cpu")
+    with pytest.raises(UserError, match="clvp"):
+        voice.speak("Hello.", **QUICK)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "damaged"),
+        (b"garbage", "damaged"),
+        ({"a": 1}, "holds dict"),
+        ((torch.zeros(1, 32),), "1 entries"),
+        ((torch.zeros(3, 32), torch.zeros(1, 64)), "expected a voice"),
+        ((torch.full((1, 32), torch.nan), torch.zeros(1, 64)), "NaN"),
+        ((torch.zeros(1, 48), torch.zeros(1, 64)), "belong to another"),
+    ],
+)
+def test_corrupt_latents(voice_dir, chain_dir, tmp_path, content, message):
+    path = tmp_path / "latents.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", latents=path)
+
+
+def test_corrupt_latents_of_our_own(voice_dir, chain_dir, tmp_path):
+    folder = tmp_path / "voice"
+    shutil.copytree(voice_dir, folder)
+    data = (folder / "latents.safetensors").read_bytes()
+    (folder / "latents.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"latents\.safetensors is damaged"):
+        Voice.from_pretrained(folder, weights_dir=chain_dir, device="cpu")
+
+
+def test_preview_latents_do_not_speak(voice_dir, chain_dir, tmp_path):
+    save_latents(VoiceLatents(torch.zeros(1, 32), None), tmp_path / "latents.safetensors")
+    voice = Voice.from_pretrained(
+        voice_dir, weights_dir=chain_dir, device="cpu", latents=tmp_path / "latents.safetensors"
+    )
+    with pytest.raises(UserError, match="only previews"):
+        voice.speak("Hello.", **QUICK)
+    with pytest.raises(UserError, match="needs both"):
+        voice.save_latents(tmp_path / "for_tortoise.pth")

@@ -1,0 +1,405 @@
+"""A voice that speaks: `Voice.from_pretrained("folder").speak("Hello.").save("hello.wav")`.
+
+A voice is a GPT with its tokenizer (an export folder of this package, a user's repository on the Hub, or a weights file
+in the published layout) and the latents of a speaker: stored beside the GPT, made from recordings, or random.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import soundfile
+import torch
+
+from tortoise_hf.audio import SAMPLE_RATE, SAMPLE_RATE_24K
+from tortoise_hf.config import ModelConfig
+from tortoise_hf.errors import UserError
+from tortoise_hf.latents import (
+    AUDIO_SUFFIXES,
+    VoiceLatents,
+    average_latents,
+    diffusion_latent,
+    find_clips,
+    gpt_latent,
+    load_latents,
+    random_latent,
+    save_latents,
+)
+from tortoise_hf.models.chain import find_parts, load_part, part_config
+from tortoise_hf.models.pretrained import (
+    RELEASED_BASE,
+    load_dvae,
+    load_gpt,
+    load_mel_norms,
+    load_tokenizer,
+    resolve_base,
+)
+from tortoise_hf.sentences import Piece, split_text
+from tortoise_hf.speech import Chain, ModelShelf, Preset, Progress, choose_preset
+from tortoise_hf.text import clean_text
+
+LATENTS_NAMES = ("latents.safetensors", "latents.pth")
+"""Where a voice's folder may keep the latents of its speaker."""
+CLIPS_FOLDER = "conditioning"
+"""Where it keeps recordings, as a run and a published voice do."""
+EXPORT_FOLDER = "export"
+"""Where a run's folder keeps its export."""
+SENTENCE_PAUSE, PARAGRAPH_PAUSE = 0.1, 0.5
+"""Seconds of silence between pieces, besides the fraction of a second that a piece itself ends with."""
+SPEAKING_PARTS = ("clvp", "diffusion", "vocoder")
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Something said."""
+
+    waveform: torch.Tensor
+    """(S,) float32 in [-1, 1]."""
+    sample_rate: int
+    """Hz."""
+    text: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.waveform) / self.sample_rate
+
+    def save(self, path: str | Path) -> None:
+        """Write it as an audio file of the kind the suffix names: .wav (16 bit), .flac, .ogg or .mp3.
+
+        Raises: UserError: if the kind isn't known or the file can't be written.
+        """
+        write_speeches(iter([self]), Path(path))
+
+    def _repr_html_(self) -> str:
+        """A player, for notebooks."""
+        stream = io.BytesIO()
+        soundfile.write(stream, self.waveform.numpy(), self.sample_rate, format="WAV")
+        data = base64.b64encode(stream.getvalue()).decode("ascii")
+        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+
+
+class Voice:
+    """A GPT, a speaker's latents and the chain that makes them heard."""
+
+    def __init__(self, chain: Chain, latents: VoiceLatents, max_text_ids: int) -> None:
+        """Put a voice together; `from_pretrained` does it from files.
+
+        Args:
+            chain: the models.
+            latents: of the speaker.
+            max_text_ids: longest text the GPT takes in one go, in ids.
+        """
+        self.chain, self.latents = chain, latents
+        self._max_text_ids = max_text_ids
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        voice: str | Path = RELEASED_BASE,
+        *,
+        clips: str | Path | Sequence[str | Path] | None = None,
+        latents: str | Path | Sequence[str | Path] | None = None,
+        random: int | None = None,
+        weights_dir: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        low_memory: bool = False,
+        preview: bool = False,
+    ) -> Voice:
+        """Find a voice's files and get ready; models are loaded when they are first needed.
+
+        Args:
+            voice: an export's folder, a run's folder, a repository on the Hub (`user/name`), a `.pth` or
+                `.safetensors` file in the published layout, or "released" for TorToiSe's own GPT.
+            clips: recordings of the speaker, or folders of them.
+            latents: files from scripts/voice.py or tortoise-tts; of several the mean is taken.
+            random: seed of a voice nobody has. Without these three the voice's own latents are used.
+            weights_dir: folder to look for released files in, before the Hub's cache and the Hub.
+            device: "cpu", "cuda", ...; None takes a GPU if there is one.
+            dtype: precision of the larger models; None is bfloat16 on a GPU that has it, else float32.
+            low_memory: keep one model at a time, and none on the device between stages.
+            preview: only previews are to be heard, so nothing behind the GPT is looked for.
+
+        Raises: UserError: if a file is missing, damaged or doesn't fit.
+        """
+        device = choose_device(device)
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        source = _locate(voice)
+        cfg = ModelConfig(base=str(source), weights_dir=None if weights_dir is None else str(weights_dir))
+        files = resolve_base(cfg, dvae=False)
+        wanted = [] if preview else list(SPEAKING_PARTS)
+        if random is not None:
+            wanted += ["random_gpt"] if preview else ["random_gpt", "random_diffusion"]
+        folder = source if isinstance(source, Path) and source.is_dir() else None
+        stored = None if clips or latents or random is not None else _stored_speaker(folder, voice)
+        parts = find_parts(wanted, weights_dir)
+
+        loaders: dict[str, Callable[[], torch.nn.Module]] = {
+            "gpt": lambda: load_gpt(files),
+            "dvae": lambda: load_dvae(resolve_base(cfg)),
+        }
+        for name, path in parts.items():
+            loaders[name] = lambda name=name, path=path: load_part(name, path)
+        shelf = ModelShelf(loaders, device, dtype, low_memory)
+        chain = Chain(shelf, load_tokenizer(files), load_mel_norms(files))
+        if not preview:
+            chain.num_mel_codes = part_config("clvp", parts["clvp"]).num_mel_codes
+            chain.latent_size = part_config("diffusion", parts["diffusion"]).latent_size
+        if stored is not None and stored.is_dir():
+            clips = stored
+        elif stored is not None:
+            latents = stored
+        speaker = _speaker(shelf, chain.mel_norms, clips, latents, random, preview)
+        with shelf.use("gpt") as gpt:
+            max_text_ids, width = gpt.config.max_text_tokens, gpt.config.hidden_size
+        if speaker.gpt.shape[1] != width:
+            raise UserError(
+                f"The speaker's latents are {speaker.gpt.shape[1]:,} wide, the GPT {width:,}; they belong to another "
+                f"model. Make them again from recordings with scripts/voice.py."
+            )
+        return cls(chain, speaker, max_text_ids)
+
+    def save_latents(self, path: str | Path) -> None:
+        """Store the speaker for later, or as `.pth` for tortoise-tts."""
+        save_latents(self.latents, path)
+
+    def speak(
+        self,
+        text: str | Sequence[str],
+        *,
+        preset: str | Preset = "fast",
+        seed: int = 0,
+        preview: bool = False,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Any:
+        """Say a text of any length, or each of several.
+
+        Args:
+            text: what to say. Several texts are one batch: where memory is short, models are loaded once for all.
+            preset: one of `speech.PRESETS`.
+            seed: the same seed says it the same way.
+            preview: make a rough sound of it without the chain's large models.
+            progress: told of finished samples and diffusion steps.
+            options: `num_samples`, `steps`, `sampler`, `temperature`, `max_codes` in place of the preset's.
+
+        Returns: a `Speech`, or a list of them for several texts.
+        Raises: UserError: if there is nothing to say, or the preset or an option isn't known.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        chosen = preset if isinstance(preset, Preset) else choose_preset(preset, **options)
+        pieces = [self.pieces(each) for each in texts]
+        spoken = iter(self._say([piece for group in pieces for piece in group], chosen, seed, preview, progress))
+        speeches = [
+            join_speech([next(spoken) for _ in group], group, each) for group, each in zip(pieces, texts, strict=True)
+        ]
+        return speeches[0] if isinstance(text, str) else speeches
+
+    def stream(
+        self,
+        text: str,
+        *,
+        preset: str | Preset = "fast",
+        seed: int = 0,
+        preview: bool = False,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Iterator[Speech]:
+        """Say a text piece by piece, each with its pause behind it; played one after the other they are `speak`'s.
+
+        Args and errors are those of `speak`; they are checked before the first piece.
+        """
+        chosen = preset if isinstance(preset, Preset) else choose_preset(preset, **options)
+        pieces = self.pieces(text)
+        return self._stream(pieces, chosen, seed, preview, progress)
+
+    def _stream(
+        self, pieces: list[Piece], preset: Preset, seed: int, preview: bool, progress: Progress | None
+    ) -> Iterator[Speech]:
+        for index, piece in enumerate(pieces):
+            speech = self._say([piece], preset, seed, preview, progress)[0]
+            pause = _pause(piece, index == len(pieces) - 1, speech.sample_rate)
+            yield Speech(torch.cat([speech.waveform, pause]), speech.sample_rate, piece.text)
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The pieces a text is spoken in; ones without letters or digits are left out.
+
+        Raises: UserError: if nothing is left.
+        """
+        tokenizer, most = self.chain.tokenizer, self._max_text_ids - 1  # one STOP is added to a piece's ids
+        pieces = split_text(text, lambda piece: len(tokenizer.encode(piece, clean_text)) <= most)
+        spoken = [piece for piece in pieces if re.search(r"[a-z0-9]", clean_text(piece.text))]
+        if not spoken:
+            what = f"{text.strip()[:40]!r} has no letters or digits" if text.strip() else "the text is empty"
+            raise UserError(f"There is nothing to say: {what}.")
+        return spoken
+
+    def _say(
+        self, pieces: list[Piece], preset: Preset, seed: int, preview: bool, progress: Progress | None
+    ) -> list[Speech]:
+        texts = [piece.text for piece in pieces]
+        say, rate = (self.chain.preview, SAMPLE_RATE) if preview else (self.chain.speak, SAMPLE_RATE_24K)
+        waveforms = say(texts, self.latents, preset, seed, progress)
+        return [Speech(waveform, rate, text) for waveform, text in zip(waveforms, texts, strict=True)]
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or a GPU if there is one, or the CPU.
+
+    Raises: UserError: if the device isn't there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The device {device} can't be used here ({reason}); leave it out, or say cpu.") from error
+    return chosen
+
+
+def join_speech(speeches: Sequence[Speech], pieces: Sequence[Piece], text: str) -> Speech:
+    """One speech out of pieces, with a pause behind each but the last."""
+    parts = []
+    for index, (speech, piece) in enumerate(zip(speeches, pieces, strict=True)):
+        parts += [speech.waveform, _pause(piece, index == len(pieces) - 1, speech.sample_rate)]
+    return Speech(torch.cat(parts), speeches[0].sample_rate, text)
+
+
+def write_speeches(speeches: Iterator[Speech], target: Path | BinaryIO) -> float:
+    """Write pieces one after the other as they come, so that a player may follow.
+
+    Args:
+        speeches: from `Voice.stream`.
+        target: a file, whose suffix names its kind, or an open binary stream, which gets a WAV without a length.
+
+    Returns: seconds written.
+    Raises: UserError: if the file can't be written.
+    """
+    seconds = 0.0
+    if not isinstance(target, Path):
+        for index, speech in enumerate(speeches):
+            if index == 0:
+                target.write(_endless_wav_header(speech.sample_rate))
+            target.write((speech.waveform * 32_767).round().short().numpy().tobytes())
+            target.flush()
+            seconds += speech.seconds
+        return seconds
+    check_kind(target)
+    first = next(speeches)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with soundfile.SoundFile(target, "w", first.sample_rate, channels=1) as file:
+            for speech in itertools.chain([first], speeches):
+                file.write(speech.waveform.numpy())
+                file.flush()
+                seconds += speech.seconds
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{target} can't be written ({error}); give another place.") from error
+    return seconds
+
+
+def check_kind(path: Path) -> None:
+    """Refuse a file of a kind that can't be written, before anything is spoken.
+
+    Raises: UserError: if it is none of .wav, .flac, .ogg and .mp3.
+    """
+    if path.suffix.lower() not in AUDIO_SUFFIXES:
+        raise UserError(
+            f"{path} can't be written: name a {', '.join(AUDIO_SUFFIXES[:-1])} or {AUDIO_SUFFIXES[-1]} file."
+        )
+
+
+def _endless_wav_header(sample_rate: int) -> bytes:
+    """Head of a 16-bit mono WAV whose length isn't known yet; players then read to the end."""
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    return b"RIFF\xff\xff\xff\xffWAVE" + form + b"data\xff\xff\xff\xff"
+
+
+def _pause(piece: Piece, last: bool, sample_rate: int) -> torch.Tensor:
+    seconds = 0.0 if last else PARAGRAPH_PAUSE if piece.ends_paragraph else SENTENCE_PAUSE
+    return torch.zeros(int(seconds * sample_rate))
+
+
+def _locate(voice: str | Path) -> Path | str:
+    """The folder or file of a voice, fetched from the Hub if it is a repository there."""
+    path = Path(voice).expanduser()
+    if str(voice) == RELEASED_BASE:
+        return RELEASED_BASE
+    if path.is_dir() and not (path / "config.json").is_file() and (path / EXPORT_FOLDER / "config.json").is_file():
+        return path / EXPORT_FOLDER
+    if path.exists():
+        return path
+    from tortoise_hf.hub.pull import is_hub_name, pull_voice  # only a voice on the Hub takes its client
+
+    if not is_hub_name(str(voice)):
+        raise UserError(f"The voice {voice} is neither a folder, a weights file, nor a user/name on the Hub.")
+    return pull_voice(str(voice))
+
+
+def _stored_speaker(folder: Path | None, voice: str | Path) -> Path:
+    """The latents file or the folder of clips that a voice's folder brings along."""
+    places = [] if folder is None else [folder, folder.parent] if folder.name == EXPORT_FOLDER else [folder]
+    for place in places:
+        for name in LATENTS_NAMES:
+            if (place / name).is_file():
+                return place / name
+        if (place / CLIPS_FOLDER).is_dir():
+            return place / CLIPS_FOLDER
+    where = "its folder holds" if folder is not None else "there is"
+    raise UserError(
+        f"The voice {voice} doesn't say who speaks: {where} no {LATENTS_NAMES[0]} and no {CLIPS_FOLDER}/ with "
+        f"recordings. Give recordings (clips), stored latents, or the seed of a random voice; scripts/voice.py stores "
+        f"recordings as latents."
+    )
+
+
+def _speaker(
+    shelf: ModelShelf,
+    mel_norms: torch.Tensor,
+    clips: str | Path | Sequence[str | Path] | None,
+    latents: str | Path | Sequence[str | Path] | None,
+    random: int | None,
+    preview: bool,
+) -> VoiceLatents:
+    """Latents from wherever they come; the mean if several sources are given."""
+    found = [load_latents(path) for path in _as_list(latents)]
+    if clips:
+        files = [clip for source in _as_list(clips) for clip in find_clips(source)]
+        with shelf.use("gpt") as gpt:
+            heard = gpt_latent(files, gpt, mel_norms)
+        heard_by_diffusion = None
+        if not preview:
+            with shelf.use("diffusion") as diffusion:
+                heard_by_diffusion = diffusion_latent(files, diffusion)
+        found.append(VoiceLatents(heard, heard_by_diffusion))
+    if random is not None:
+        with shelf.use("random_gpt") as generator:
+            drawn = random_latent(generator, random)
+        drawn_for_diffusion = None
+        if not preview:
+            with shelf.use("random_diffusion") as generator:
+                drawn_for_diffusion = random_latent(generator, random)
+        found.append(VoiceLatents(drawn, drawn_for_diffusion))
+    if len(found) == 1:
+        return found[0]
+    if preview:
+        found = [VoiceLatents(each.gpt, None) for each in found]
+    return average_latents(found)
+
+
+def _as_list(value: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str | Path) else list(value)
