@@ -2,8 +2,8 @@
 
     python tests/faults/kills.py --kills 20 --seed 0
 
-starts the same command anew after every SIGKILL and Ctrl-C and compares each run that ends with one that was left alone:
-weights, optimizer, random numbers, log, exported file. `test_kills.py` does the same with fewer kills.
+starts the same command anew after every SIGKILL and Ctrl-C and compares each run that ends with one that was left
+alone: weights, optimizer, random numbers, log, exported file. `test_kills.py` does the same with fewer kills.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path[:0] = [] if str(TESTS) in sys.path else [str(TESTS)]
 from faults.harness import log_of, start  # noqa: E402
 
 STEPS = 12
+KINDS = ("at random", "in a save", "Ctrl-C")
 
 
 def flags(base: Path, data: Path, folder: Path, output_dir: Path, **settings) -> list[str]:
@@ -122,7 +123,7 @@ def survive(base: Path, data: Path, folder: Path, kills: int, seed: int, say=pri
     done = 0
     while done < kills or (folder / "broken").exists():
         argv = flags(base, data, folder, folder / "broken")
-        kind = chance.choice(["at random", "in a save", "Ctrl-C"]) if done < kills else None
+        kind = KINDS[done % len(KINDS)] if done < kills else None
         operations = chance.randrange(40) if kind == "in a save" else None
         started = start(folder / "processes", train_script, argv, operations)
         if kind in ("at random", "Ctrl-C"):

@@ -64,8 +64,7 @@ def wait_for(condition, seconds=90):
     [
         ("configs/accelerate/cpu.yaml", 1, signal.SIGINT, True),  # Ctrl-C in a terminal reaches launcher and run
         ("configs/accelerate/cpu.yaml", 1, signal.SIGTERM, False),  # a scheduler's `kill` reaches the launcher alone
-        ("configs/accelerate/multi_gpu.yaml", 2, signal.SIGINT, True),
-        ("configs/accelerate/fsdp2.yaml", 2, signal.SIGKILL, False),  # nothing can be passed on any more
+        ("configs/accelerate/fsdp2.yaml", 2, signal.SIGINT, True),
     ],
 )
 def test_a_signal_under_accelerate_launch(
@@ -91,9 +90,8 @@ def test_a_signal_under_accelerate_launch(
     step = json.loads((saved / "trainer_state.json").read_text())["global_step"]
     assert 3 < step < 100_000
     assert len(torch.load(saved / "rng.pt", weights_only=True)) == processes
-    if number != signal.SIGKILL:
-        assert "Finishing this step, then saving" in output
-        assert "the step is saved" in output
+    assert "Finishing this step, then saving" in output
+    assert "the step is saved" in output
 
 
 def test_sharded_processes_write_what_one_process_writes(tiny_base, tiny_voice, tmp_path):
