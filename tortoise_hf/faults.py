@@ -68,8 +68,10 @@ def explain(error: BaseException) -> str | None:
             f"data.num_workers; 0 needs no such process. {GO_ON}"
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        where = error.filename or "The run's folder"
-        return f"{where} can't be written ({error.strerror or error}). Free some space there or mend it. {GO_ON}"
+        where = error.filename or "A file"
+        return (
+            f"{where} can't be used: {error.strerror or error}. Free some space there or mend its permissions. {GO_ON}"
+        )
     if torch.distributed.is_initialized() and any(mark in text for mark in _LOST_PROCESS):
         return f"Another process of this run ended or can't be reached ({text}); its own message says why. {GO_ON}"
     return None
