@@ -25,6 +25,9 @@ def fine_tune(cfg: Config) -> None:
     """The whole run, step by step. Torch loads only here, so `--help` and a mistyped flag answer at once."""
     from tortoise_hf.callbacks import build_callbacks
     from tortoise_hf.data.loader import build_batches
+    from tortoise_hf.hub.checkpoints import fetch_run
+    from tortoise_hf.hub.publish import check_before_training, push_at_end
+    from tortoise_hf.hub.voice_folder import write_conditioning
     from tortoise_hf.loop import train
     from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
     from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
@@ -37,9 +40,11 @@ def fine_tune(cfg: Config) -> None:
     check_run_folder(cfg)
     accelerator = start_accelerator(cfg.training.seed)
     accelerator.print(describe(accelerator))
+    check_before_training(cfg, accelerator)
 
     # The main process unpacks, fetches and prepares; the others then find everything cached.
     with main_process_first(accelerator):
+        cfg = fetch_run(cfg, say=accelerator.print)
         files, data = prepare_base_and_data(cfg, accelerator)
     accelerator.print(data.report.summary())
 
@@ -59,7 +64,7 @@ def fine_tune(cfg: Config) -> None:
     optimizer = build_optimizer(model, cfg.optim)
     lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    callbacks = build_callbacks(cfg, accelerator)
+    callbacks = build_callbacks(cfg, accelerator, files)
 
     state = start_or_resume(cfg, run_folder, accelerator, model, optimizer, lr_scheduler, callbacks)
     if run_folder.finished_step is None:
@@ -69,6 +74,9 @@ def fine_tune(cfg: Config) -> None:
         print(closing_lines(cfg, run_folder, state, report, time.perf_counter() - started))
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process and cfg.hub.repo_id is not None:  # nobody waits for this any more
+        write_conditioning(cfg, data.train["clip_id"], run_folder.output_dir)
+        print(push_at_end(run_folder.output_dir))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from tortoise_hf.config import CallbackConfig, Config, DataConfig, HubConfig, ModelConfig, OptimConfig, TrainingConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -54,6 +54,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
     sections = {"data": {"root": "x"}, "model": {"gradient_checkpointing": False}}
     sections["optim"] = {"learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_steps": 0}
     sections["callbacks"] = {"early_stopping_patience": 0}
+    sections["hub"] = {}
     sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
     sections["training"] |= {"eval_batch_size": 8, "num_train_epochs": 20}
     sections["training"] |= {"logging_steps": 10, "eval_steps": 50, "save_steps": 50}
@@ -66,6 +67,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
         optim=OptimConfig(**sections["optim"]),
         training=TrainingConfig(**sections["training"]),
         callbacks=CallbackConfig(**sections["callbacks"]),
+        hub=HubConfig(**sections["hub"]),
     )
 
 

@@ -14,7 +14,15 @@ from typing import NoReturn
 
 import jsonargparse
 
-from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from tortoise_hf.config import (
+    CallbackConfig,
+    Config,
+    DataConfig,
+    HubConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainingConfig,
+)
 from tortoise_hf.errors import Interrupted, UserError
 
 SECTIONS = {
@@ -23,6 +31,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "training": TrainingConfig,
     "callbacks": CallbackConfig,
+    "hub": HubConfig,
 }
 
 

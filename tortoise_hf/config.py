@@ -1,7 +1,7 @@
 """Everything a user can set: its meaning, its unit and its default.
 
-Five sections (`data`, `model`, `optim`, `training`, `callbacks`) of frozen dataclasses. `cli.py` fills them from YAML
-files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is chosen by the plan
+Six sections (`data`, `model`, `optim`, `training`, `callbacks`, `hub`) of frozen dataclasses. `cli.py` fills them from
+YAML files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is chosen by the plan
 (`plan.py`). Only the standard library is imported here.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,8 +133,8 @@ class ModelConfig:
 
     base: str = "released"
     """released: TorToiSe's own weights from the Hub. Otherwise a folder (config.json, model.safetensors,
-    tokenizer.json, mel_norms.safetensors, dvae/; what it lacks comes from the released files) or an autoregressive
-    .pth or .safetensors file."""
+    tokenizer.json, mel_norms.safetensors, dvae/; what it lacks comes from the released files), an autoregressive .pth
+    or .safetensors file, or a voice on the Hub (owner/name or owner/name@revision)."""
     weights_dir: str | None = None
     """Folder with the released files (autoregressive.pth, dvae.pth, tokenizer.json, mel_norms.pth) for machines without
     a network."""
@@ -242,7 +243,8 @@ class TrainingConfig:
     the bytes; nearly exact), or nothing (a resumed run has to gather it anew)."""
     resume: str = "auto"
     """auto: go on where the run in output_dir stopped, if there is one. never: refuse a folder that holds a run.
-    Otherwise the folder of a checkpoint to go on from."""
+    Otherwise the folder of a checkpoint to go on from, or hub:owner/name for checkpoints pushed there
+    (hub.checkpoint_repo_id)."""
     seed: int = 1234
     """Seed of weights made from scratch, clip order, conditioning clips and dropout."""
 
@@ -307,6 +309,43 @@ class CallbackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Whether and how the voice goes to the Hugging Face Hub. The token comes from `hf auth login` or HF_TOKEN."""
+
+    repo_id: str | None = None
+    """Repository of the voice, owner/name; made if it isn't there. Left out: nothing is pushed."""
+    push: Literal["end", "best", "checkpoint", "every_eval"] = "end"
+    """When, besides the end of the run: never, at every new best evaluation, at every checkpoint, or at every
+    evaluation (which then saves a checkpoint). Pushes run in the background."""
+    private: bool = True
+    """Whether a new repository is only for its owner."""
+    revision: str | None = None
+    """Branch to push to. Left out: main."""
+    consent: str | None = None
+    """Whose voice it is and that they agree, in a sentence for the card. Nothing is pushed without it."""
+    license: str = "apache-2.0"
+    """Licence named in the card. Default: that of TorToiSe's own weights."""
+    language: str = "en"
+    """Language named in the card."""
+    checkpoint_repo_id: str | None = None
+    """Private repository for full checkpoints, from which `training.resume hub:owner/name` goes on elsewhere. Left out:
+    they stay here."""
+
+    def __post_init__(self) -> None:
+        """Check names; `ValueError` names the key."""
+        for name in ("repo_id", "checkpoint_repo_id"):
+            value = getattr(self, name)
+            _require(
+                value is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", value) is not None,
+                f"hub.{name} must have the form owner/name, got {value!r}",
+            )
+        _require(
+            self.repo_id is None or self.repo_id != self.checkpoint_repo_id,
+            f"hub.checkpoint_repo_id must be another repository than hub.repo_id, got {self.repo_id!r} for both",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole experiment."""
 
@@ -315,6 +354,7 @@ class Config:
     optim: OptimConfig
     training: TrainingConfig
     callbacks: CallbackConfig
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as a YAML file would hold them."""

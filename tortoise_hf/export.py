@@ -118,7 +118,7 @@ def export_model(
         weights_file = f"{step}_gpt.pth"
         layout = {"dtype": dtype, "attention_buffers": attention_buffers}
         _write_weights(trained, staging, weights_file, **layout)
-        _write_companions(staging, files)
+        write_companions(staging, files)
         _write_json(staging / SUMMARY, {"step": step, **summary})
         self_test = run_self_test(trained, staging, weights_file, **layout, base_state=base_state)
         if not self_test.passed:
@@ -301,7 +301,8 @@ def _marker(report: ExportReport, layout: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_companions(folder: Path, files: BaseFiles) -> None:
+def write_companions(folder: Path, files: BaseFiles) -> None:
+    """Write what lies beside the weights: tokenizer, mel norms, and the DVAE if it isn't the released one."""
     shutil.copyfile(files.tokenizer, folder / "tokenizer.json")
     save_file({"mel_norms": load_mel_norms(files).float().contiguous()}, folder / "mel_norms.safetensors")
     if not files.dvae_is_released:

@@ -104,6 +104,7 @@ def export_run(
             "settings": settings,
             "num_train_clips": trained.record["num_train_clips"],
             "evaluations": [entry for entry in trained.state["log_history"] if "eval_loss" in entry],
+            "lineage": list(files.lineage),
         },
         dtype=dtype,
         attention_buffers=attention_buffers,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerState
 
@@ -334,9 +335,17 @@ def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> 
     model = TortoiseGPT.from_pretrained(run.output_dir / name, dtype="float32")
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     summary = {"settings": cfg.to_dict(), "num_train_clips": run.num_train_clips, "evaluations": evaluations}
+    summary |= {"lineage": list(files.lineage), "hardware": _hardware()}
     base_state = None if cfg.model.from_scratch else load_base_weights(files)[1]
     report = export_model(
         model, export_dir, files=files, step=step, summary=summary, base_state=base_state, overwrite=True
     )
     write_record(dataclasses.replace(run, finished_step=state.global_step), cfg)
     return report
+
+
+def _hardware() -> str:
+    """What the run computed on, for the voice's card."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    count = PartialState().num_processes
+    return name if count == 1 else f"{count} x {name}"

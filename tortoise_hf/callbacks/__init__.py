@@ -1,4 +1,4 @@
-"""What happens around the loop: learning-rate schedule, checkpoints, the run's log, and transformers' own callbacks."""
+"""What happens around the loop: learning rate, checkpoints, the Hub, the run's log, and transformers' own callbacks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCal
 from transformers.integrations import TensorBoardCallback
 
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
+from tortoise_hf.callbacks.hub import HubCallback
 from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.overfitting import OverfittingCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
 from tortoise_hf.config import Config
 from tortoise_hf.errors import UserError
+from tortoise_hf.models.pretrained import BaseFiles
 
 
-def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallback]:
-    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, interrupt, loggers.
+def build_callbacks(cfg: Config, accelerator: Accelerator, files: BaseFiles | None = None) -> list[TrainerCallback]:
+    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, Hub, interrupt, loggers.
+
+    Args:
+        cfg: the experiment.
+        accelerator: of this process.
+        files: what the run starts from; without it nothing is pushed.
 
     Raises:
         UserError: if TensorBoard is asked for and not installed.
@@ -28,6 +35,8 @@ def build_callbacks(cfg: Config, accelerator: Accelerator) -> list[TrainerCallba
         )
     callbacks.append(OverfittingCallback())
     callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit), RunLogCallback()]
+    if files is not None and (cfg.hub.repo_id is not None or cfg.hub.checkpoint_repo_id is not None):
+        callbacks.append(HubCallback(cfg, accelerator, files))
     callbacks.append(InterruptCallback(accelerator))
     if cfg.callbacks.tensorboard:
         callbacks.append(_tensorboard(cfg, accelerator))

@@ -20,6 +20,7 @@ from transformers import initialization
 from tortoise_hf.audio import load_mel_norms as read_mel_norms
 from tortoise_hf.config import ModelConfig
 from tortoise_hf.errors import UserError
+from tortoise_hf.hub.pull import is_hub_name, pull_voice
 from tortoise_hf.models.checkpoint_formats import (
     check_weights,
     config_from_weights,
@@ -36,6 +37,7 @@ from tortoise_hf.text import TextTokenizer
 logger = logging.getLogger(__name__)
 
 RELEASED_BASE = "released"
+RELEASED_REPO = "jbetker/tortoise-tts-v2"
 # What a base may lack, and the released file that stands in for it.
 _RELEASED_NAMES = {
     "gpt_weights": "autoregressive.pth",
@@ -66,6 +68,8 @@ class BaseFiles:
     """config.json of the DVAE; None for the released sizes."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Where each file came from, in words; for the log and the training summary."""
+    lineage: tuple[str, ...] = ()
+    """What the weights come from, nearest first: voices on the Hub (owner/name@commit), the release."""
 
     def sha256(self, name: str) -> str:
         """Sha256 of one of the files above, for cache keys; reads the whole file."""
@@ -94,7 +98,8 @@ def resolve_base(
     weights_dir = None if cfg.weights_dir is None else Path(cfg.weights_dir).expanduser()
     if own_tokenizer is not None:
         TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
-    found = {} if cfg.base == RELEASED_BASE else _look_into_base(Path(cfg.base).expanduser(), cfg.from_scratch)
+    base, lineage = _find_base(cfg, cache_dir, endpoint)
+    found = {} if base is None else _look_into_base(base, cfg.from_scratch)
     lacking = {role: name for role, name in _RELEASED_NAMES.items() if role not in found}
     if not dvae:
         lacking.pop("dvae_weights", None)
@@ -130,7 +135,28 @@ def resolve_base(
         dvae_weights=paths.get("dvae_weights"),
         dvae_config=paths.get("dvae_config"),
         origins=origins,
+        lineage=lineage,
     )
+
+
+def _find_base(
+    cfg: ModelConfig, cache_dir: str | Path | None, endpoint: str | None
+) -> tuple[Path | None, tuple[str, ...]]:
+    """(folder or file of the base, None for the release; what its weights come from)."""
+    if cfg.base == RELEASED_BASE:
+        return None, ("random weights",) if cfg.from_scratch else (RELEASED_REPO,)
+    base, name = Path(cfg.base).expanduser(), ()
+    if is_hub_name(cfg.base):
+        base = pull_voice(cfg.base, cache_dir=cache_dir, endpoint=endpoint)
+        name = (f"{cfg.base.split('@')[0]}@{base.name}",)  # the folder bears the commit's name
+    if cfg.from_scratch:
+        return base, ("random weights",)
+    summary = base / "training_summary.json"
+    try:
+        parents = json.loads(summary.read_text(encoding="utf-8")).get("lineage", []) if summary.is_file() else []
+    except (OSError, ValueError, AttributeError):
+        parents = []
+    return base, (*name, *(str(parent) for parent in parents))
 
 
 def _look_into_base(base: Path, from_scratch: bool) -> dict[str, Path]:
@@ -140,8 +166,8 @@ def _look_into_base(base: Path, from_scratch: bool) -> dict[str, Path]:
         folder, weights = base, _weights_in(base)
     else:
         raise UserError(
-            f"model.base: {base} is neither a folder nor a file; give one, or {RELEASED_BASE!r} for TorToiSe's own "
-            f"weights."
+            f"model.base: {base} is neither a folder nor a file; give one, the name of a voice on the Hub "
+            f"(owner/name), or {RELEASED_BASE!r} for TorToiSe's own weights."
         )
     found: dict[str, Path] = {}
     if weights is not None and not from_scratch:
