@@ -81,10 +81,18 @@ def test_a_batch_is_its_texts(voice):
         assert torch.equal(speech.waveform, voice.speak(text, **QUICK).waveform)
 
 
-def test_low_memory_says_the_same(voice, voice_dir, chain_dir):
+def test_low_memory_says_the_same_and_loads_each_model_once_per_stage(voice, voice_dir, chain_dir, monkeypatch):
     frugal = Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", low_memory=True)
+    shelf, loaded = frugal.chain.shelf, []
+    loaders = {
+        name: lambda name=name, load=load: (loaded.append(name), load())[1] for name, load in shelf._loaders.items()
+    }
+    monkeypatch.setattr(shelf, "_loaders", loaders)
+    assert not shelf._models
     assert torch.equal(frugal.speak(LONG, **QUICK).waveform, voice.speak(LONG, **QUICK).waveform)
-    assert not frugal.chain.shelf._models
+    assert len(frugal.pieces(LONG)) > 1
+    assert loaded == ["gpt", "clvp", "gpt", "diffusion", "vocoder"]
+    assert not shelf._models
 
 
 def test_half_precision_speaks(voice_dir, chain_dir):
@@ -116,6 +124,11 @@ def test_long_text_is_streamed_piece_by_piece(voice, tmp_path):
     assert pipe.getvalue()[:4] == b"RIFF"
     assert len(samples) == len(whole.waveform)
     np.testing.assert_allclose(samples / 32_767, whole.waveform.numpy(), atol=1 / 32_000)
+
+
+def test_a_cut_off_row_is_told(voice, caplog):
+    voice.speak("The kettle is on.", **{**QUICK, "max_codes": 4})
+    assert "may be cut off" in caplog.text
 
 
 def test_progress_counts_samples_and_steps(voice):
@@ -203,7 +216,7 @@ def test_odd_texts_are_spoken(voice):
 def test_a_word_of_a_thousand_tokens_is_spoken(voice):
     pieces = voice.pieces("qzx" * 400)
     assert len(pieces) > 2
-    most = voice._max_text_ids
+    most = voice.chain.gpt_config.max_text_tokens
     assert all(len(voice.chain.text_ids(piece.text)) <= most for piece in pieces)
     digits = voice.pieces("9" * 290)  # one word of 290 characters, far more ids once it is written out
     assert all(len(voice.chain.text_ids(piece.text)) <= most for piece in digits)

@@ -9,6 +9,7 @@ skips everything behind the codes and makes a rougher sound of them with the DVA
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,12 @@ from tortoise_hf.audio import (
 from tortoise_hf.errors import UserError
 from tortoise_hf.generation import CLOSING_CODES, SamplingConfig, clean_codes, generate_codes, num_spoken
 from tortoise_hf.latents import VoiceLatents
+from tortoise_hf.models.gpt import GPTConfig
 from tortoise_hf.models.vocoder import vocode
-from tortoise_hf.samplers import DiffusionSettings, sample_mel
+from tortoise_hf.samplers import SAMPLERS, DiffusionSettings, sample_mel
 from tortoise_hf.text import TextTokenizer, clean_text
+
+logger = logging.getLogger(__name__)
 
 RANKED_AT_ONCE = 32
 """Rows of codes that CLVP scores together."""
@@ -87,7 +91,10 @@ def choose_preset(
     diffusion = replace(preset.diffusion, **{key: value for key, value in changes.items() if value is not None})
     changes = {"temperature": temperature, "max_codes": max_codes}
     sampling = replace(preset.sampling, **{key: value for key, value in changes.items() if value is not None})
-    preset = replace(preset, num_samples=num_samples or preset.num_samples, diffusion=diffusion, sampling=sampling)
+    if diffusion.sampler not in SAMPLERS:
+        raise UserError(f"There is no sampler {diffusion.sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    samples = preset.num_samples if num_samples is None else num_samples
+    preset = replace(preset, num_samples=samples, diffusion=diffusion, sampling=sampling)
     for what, value, lowest in (
         ("the number of samples", preset.num_samples, 1),
         ("the number of diffusion steps", preset.diffusion.steps, 2),
@@ -118,19 +125,22 @@ class ModelShelf:
             low_memory: keep only the model in use.
         """
         self.device = device
-        self._loaders, self._dtype, self._low_memory = dict(loaders), dtype, low_memory
+        self._loaders, self._dtype, self.low_memory = dict(loaders), dtype, low_memory
         self._models: dict[str, nn.Module] = {}
+        self._users: dict[str, int] = {}
 
     @contextmanager
     def use(self, name: str) -> Iterator[Any]:
-        """The model, on the device, for the time of a `with` block."""
+        """The model, on the device, for the time of a `with` block; blocks may be nested."""
         if name not in self._models:
             dtype = torch.float32 if name in ("vocoder", "dvae") else self._dtype
             self._models[name] = self._loaders[name]().to(self.device, dtype).eval().requires_grad_(False)
+        self._users[name] = self._users.get(name, 0) + 1
         try:
             yield self._models[name]
         finally:
-            if self._low_memory:
+            self._users[name] -= 1
+            if self.low_memory and not self._users[name]:
                 del self._models[name]
                 gc.collect()
                 if self.device.type == "cuda":
@@ -143,6 +153,8 @@ class Chain:
 
     shelf: ModelShelf
     """Holds `gpt`, and `clvp`, `diffusion`, `vocoder` or, for previews, `dvae`."""
+    gpt_config: GPTConfig
+    """Sizes of the GPT."""
     tokenizer: TextTokenizer
     mel_norms: torch.Tensor
     """(80,) divisors of the GPT's mel; previews undo them."""
@@ -151,8 +163,7 @@ class Chain:
     latent_size: int = 1024
     """Width of the latents that the diffusion model reads."""
     batch_size: int | None = None
-    """Rows sampled together; None: 16 on the CPU, all on other devices."""
-    _stop_mel_id: int = field(default=-1, init=False)
+    """Rows sampled together; None: what fits the device, see `rows_at_once`."""
 
     def text_ids(self, text: str) -> torch.Tensor:
         """(T,) ids of a piece with the one STOP that TorToiSe adds when it speaks."""
@@ -164,7 +175,8 @@ class Chain:
         """Text to (N, C) sampled codes on the CPU; STOP from each row's end on."""
         report = None if progress is None else lambda ended: progress("codes", ended)
         with self.shelf.use("gpt") as gpt:
-            batch_size = self.batch_size or (16 if self.shelf.device.type == "cpu" else preset.num_samples)
+            positions = 3 + len(text_ids) + preset.sampling.max_codes
+            batch_size = self.batch_size or rows_at_once(self.gpt_config, positions, gpt.dtype, self.shelf)
             codes = generate_codes(
                 gpt,
                 text_ids,
@@ -175,7 +187,6 @@ class Chain:
                 batch_size=batch_size,
                 progress=report,
             )
-            self._stop_mel_id = gpt.config.stop_mel_id
         return codes.cpu()
 
     @torch.inference_mode()
@@ -236,23 +247,28 @@ class Chain:
                 "This voice has no latent for the diffusion model, so only previews can be heard; make it again from "
                 "recordings with scripts/voice.py, or ask for a preview."
             )
-        self._check_sizes(latents)
+        self._check_sizes()
         every_ids = [self.text_ids(text) for text in texts]
-        rows = []
-        for ids in every_ids:
-            rows.append(clean_codes(self.sample(ids, latents, preset, seed, progress), self._stop_mel_id))
+        with self.shelf.use("gpt"):
+            sampled = [self.sample(ids, latents, preset, seed, progress) for ids in every_ids]
+        rows = [clean_codes(codes, self.gpt_config.stop_mel_id) for codes in sampled]
+        best = [0] * len(rows)
         if preset.num_samples > 1:
-            scores = (self.rank(ids, codes) for ids, codes in zip(every_ids, rows, strict=True))
-            best = [codes[int(score.argmax())] for codes, score in zip(rows, scores, strict=True)]
-        else:
-            best = [codes[0] for codes in rows]
-        spoken = [self.latents(ids, codes, latents) for ids, codes in zip(every_ids, best, strict=True)]
+            with self.shelf.use("clvp"):
+                best = [int(self.rank(ids, codes).argmax()) for ids, codes in zip(every_ids, rows, strict=True)]
+        chosen = [codes[index] for codes, index in zip(rows, best, strict=True)]
+        for text, codes in zip(texts, chosen, strict=True):
+            self._warn_if_cut_off(text, codes)
+        with self.shelf.use("gpt"):
+            spoken = [self.latents(ids, codes, latents) for ids, codes in zip(every_ids, chosen, strict=True)]
         generators = [torch.Generator().manual_seed(seed) for _ in texts]
-        mels = [
-            self.mel(each, latents, preset.diffusion, generator, progress)
-            for each, generator in zip(spoken, generators, strict=True)
-        ]
-        return [self.waveform(mel, generator) for mel, generator in zip(mels, generators, strict=True)]
+        with self.shelf.use("diffusion"):
+            mels = [
+                self.mel(each, latents, preset.diffusion, generator, progress)
+                for each, generator in zip(spoken, generators, strict=True)
+            ]
+        with self.shelf.use("vocoder"):
+            return [self.waveform(mel, generator) for mel, generator in zip(mels, generators, strict=True)]
 
     def preview(
         self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
@@ -262,7 +278,8 @@ class Chain:
         waveforms = []
         for text in texts:
             codes = self.sample(self.text_ids(text), latents, preset, seed, progress)[0]
-            codes = codes[codes < self._stop_mel_id - 1]
+            self._warn_if_cut_off(text, codes)
+            codes = codes[codes != self.gpt_config.stop_mel_id]
             if not len(codes):  # STOP at once: a moment of silence
                 waveforms.append(torch.zeros(HOP_LENGTH * FRAMES_PER_CODE))
                 continue
@@ -271,20 +288,33 @@ class Chain:
             waveforms.append(griffin_lim(mel[0].cpu() * self.mel_norms.unsqueeze(1), seed))
         return waveforms
 
-    def _check_sizes(self, latents: VoiceLatents) -> None:
+    def _check_sizes(self) -> None:
         """The models behind the GPT know the released codebook and width only."""
-        with self.shelf.use("gpt") as gpt:
-            codes, width = gpt.config.num_mel_codes, gpt.config.hidden_size
+        codes, width = self.gpt_config.num_mel_codes, self.gpt_config.hidden_size
         if (codes, width) != (self.num_mel_codes, self.latent_size) or codes <= max(CLOSING_CODES):
             raise UserError(
                 f"This voice's GPT is {width:,} wide and speaks {codes:,} codes, the models behind it know "
                 f"{self.num_mel_codes:,} codes and a width of {self.latent_size:,}; only a preview of it can be heard."
             )
-        if latents.gpt.shape[1] != width:
-            raise UserError(
-                f"The voice's latents are {latents.gpt.shape[1]:,} wide, its GPT {width:,}; make them again with this "
-                f"GPT, see scripts/voice.py."
-            )
+
+    def _warn_if_cut_off(self, text: str, codes: torch.Tensor) -> None:
+        """A row without an end, cleaned or not, ran into the limit."""
+        if codes[-1] not in (CLOSING_CODES[-1], self.gpt_config.stop_mel_id):
+            logger.warning("%r may be cut off: the voice didn't end within %d codes.", text[:60], len(codes))
+
+
+def rows_at_once(config: GPTConfig, positions: int, dtype: torch.dtype, shelf: ModelShelf) -> int:
+    """Rows of so many positions to sample together.
+
+    16 on a CPU, 4 where memory is short, on a GPU what half of its free memory holds. Keys and values take 147 MB per
+    row at the released size and 600 positions, in float32.
+    """
+    if shelf.device.type != "cuda":
+        return 4 if shelf.low_memory else 16
+    bytes_per_row = 2 * config.num_layers * config.hidden_size * positions * dtype.itemsize
+    # Growing and shrinking the cache holds one layer of it twice.
+    free = torch.cuda.mem_get_info(shelf.device)[0] / 2 / (1 + 1 / config.num_layers)
+    return max(1, int(free / bytes_per_row))
 
 
 @torch.no_grad()

@@ -90,16 +90,14 @@ class Speech:
 class Voice:
     """A GPT, a speaker's latents and the chain that makes them heard."""
 
-    def __init__(self, chain: Chain, latents: VoiceLatents, max_text_ids: int) -> None:
+    def __init__(self, chain: Chain, latents: VoiceLatents) -> None:
         """Put a voice together; `from_pretrained` does it from files.
 
         Args:
             chain: the models.
             latents: of the speaker.
-            max_text_ids: longest text the GPT takes in one go, in ids.
         """
         self.chain, self.latents = chain, latents
-        self._max_text_ids = max_text_ids
 
     @classmethod
     def from_pretrained(
@@ -151,7 +149,8 @@ class Voice:
         for name, path in parts.items():
             loaders[name] = lambda name=name, path=path: load_part(name, path)
         shelf = ModelShelf(loaders, device, dtype, low_memory)
-        chain = Chain(shelf, load_tokenizer(files), load_mel_norms(files))
+        with shelf.use("gpt") as gpt:
+            chain = Chain(shelf, gpt.config, load_tokenizer(files), load_mel_norms(files))
         if not preview:
             chain.num_mel_codes = part_config("clvp", parts["clvp"]).num_mel_codes
             chain.latent_size = part_config("diffusion", parts["diffusion"]).latent_size
@@ -160,14 +159,13 @@ class Voice:
         elif stored is not None:
             latents = stored
         speaker = _speaker(shelf, chain.mel_norms, clips, latents, random, preview)
-        with shelf.use("gpt") as gpt:
-            max_text_ids, width = gpt.config.max_text_tokens, gpt.config.hidden_size
+        width = chain.gpt_config.hidden_size
         if speaker.gpt.shape[1] != width:
             raise UserError(
                 f"The speaker's latents are {speaker.gpt.shape[1]:,} wide, the GPT {width:,}; they belong to another "
                 f"model. Make them again from recordings with scripts/voice.py."
             )
-        return cls(chain, speaker, max_text_ids)
+        return cls(chain, speaker)
 
     def save_latents(self, path: str | Path) -> None:
         """Store the speaker for later, or as `.pth` for tortoise-tts."""
@@ -236,7 +234,8 @@ class Voice:
 
         Raises: UserError: if nothing is left.
         """
-        tokenizer, most = self.chain.tokenizer, self._max_text_ids - 1  # one STOP is added to a piece's ids
+        tokenizer = self.chain.tokenizer
+        most = self.chain.gpt_config.max_text_tokens - 1  # one STOP is added to a piece's ids
         pieces = split_text(text, lambda piece: len(tokenizer.encode(piece, clean_text)) <= most)
         spoken = [piece for piece in pieces if re.search(r"[a-z0-9]", clean_text(piece.text))]
         if not spoken:

@@ -97,8 +97,8 @@ def test_preview(places, tmp_path):
         (("Hello.",), "doesn't say who speaks"),
         (("Hello.", "--latents", "nowhere.pth"), "no such file"),
         (("Hello.", "--clips", "nowhere"), "is not there"),
-        (("Hello.", "--random", "1", "--out", "speech.xyz"), "name a .wav, .flac, .mp3 or .ogg"),
-        (("Hello.", "--random", "1", "--out", "speech.xyz", "--stream"), "name a .wav, .flac, .mp3 or .ogg"),
+        (("Hello.", "--random", "1", "--out", "speech.xyz"), "name a .wav, .flac, .mp3 or .ogg file"),
+        (("Hello.", "--random", "1", "--out", "speech.xyz", "--stream"), "name a .wav, .flac, .mp3 or .ogg file"),
         (("Hello.", "--file", "x.txt"), "not both"),
     ],
 )
