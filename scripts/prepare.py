@@ -4,10 +4,16 @@
 
 takes the same settings as scripts/train.py. What it encodes, training finds; nothing is encoded twice. Run it on the
 machine that will train: the plan goes by a measurement there.
+
+    python scripts/prepare.py --config configs/my_voice.yaml --hub.consent "My own voice." --push you/my-recordings
+
+shares the clips that were kept as a dataset on the Hugging Face Hub (private unless --hub.private false), from which
+--data.root you/my-recordings trains anywhere.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from tortoise_hf.cli import load_config, run
@@ -16,14 +22,18 @@ from tortoise_hf.config import Config
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, then check, encode and plan."""
-    cfg = load_config(argv, __doc__)
-    run(lambda: prepare(cfg))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--push", metavar="OWNER/NAME")
+    own, others = parser.parse_known_args(argv)
+    cfg = load_config(others, __doc__)
+    run(lambda: prepare(cfg, own.push))
 
 
-def prepare(cfg: Config) -> None:
+def prepare(cfg: Config, push_to: str | None = None) -> None:
     """The first half of a run. Torch loads only here, so `--help` and a mistyped flag answer at once."""
     from pathlib import Path
 
+    from tortoise_hf.hub.dataset import push_dataset
     from tortoise_hf.machine import describe, main_process_first, start_accelerator
     from tortoise_hf.models.pretrained import load_gpt
     from tortoise_hf.preparation import make_plan, prepare_base_and_data
@@ -35,6 +45,9 @@ def prepare(cfg: Config) -> None:
     with main_process_first(accelerator):
         files, data = prepare_base_and_data(cfg, accelerator)
     accelerator.print(data.report.summary())
+    if push_to is not None and accelerator.is_main_process:
+        pushed = push_dataset(cfg, data, push_to)
+        print(f"{'Pushed' if pushed.changed else 'Already up to date'}: {pushed.url} (commit {pushed.commit[:8]})")
     model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
     plan = make_plan(cfg, accelerator, files, data, model)
     if accelerator.is_main_process:
