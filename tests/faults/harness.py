@@ -78,6 +78,7 @@ def _enter(folder: str, rank: int, settings: dict[str, str], function, args: tup
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(settings)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started from a shell
     import torch
 
     torch.set_num_threads(1)
