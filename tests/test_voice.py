@@ -15,7 +15,7 @@ from conftest import SENTENCES
 from tortoise_hf.errors import UserError
 from tortoise_hf.latents import VoiceLatents, load_latents, save_latents
 from tortoise_hf.models.checkpoint_formats import published_state_dict, write_published
-from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.speech import PRESETS
 from tortoise_hf.voice import PARAGRAPH_PAUSE, SENTENCE_PAUSE, Voice, write_speeches
 
@@ -149,6 +149,27 @@ def test_preview_needs_nothing_but_the_voice(voice_dir, monkeypatch):
     assert torch.equal(again.waveform, speech.waveform)
 
 
+def test_preview_of_the_demo(tmp_path, repository, chain_dir):
+    """The demo's GPT, untrained: its codes are its own, so it is heard as a preview and refused by the chain."""
+    shutil.copytree(repository / "examples" / "demo_base", tmp_path / "demo")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        TortoiseGPT(GPTConfig.from_pretrained(tmp_path / "demo")).save_pretrained(tmp_path / "demo")
+    clips = sorted((repository / "examples" / "demo_voice" / "wavs").iterdir())[:2]
+    voice = Voice.from_pretrained(tmp_path / "demo", clips=clips, preview=True, device="cpu")
+    assert voice.speak("The kettle is on.", preview=True, max_codes=20).seconds > 0.5
+    for_the_chain = Voice.from_pretrained(
+        tmp_path / "demo", weights_dir=chain_dir, latents=_both_latents(tmp_path, voice), device="cpu"
+    )
+    with pytest.raises(UserError, match="128 codes"):
+        for_the_chain.speak("Hello.", **QUICK)
+
+
+def _both_latents(folder, voice):
+    save_latents(VoiceLatents(voice.latents.gpt, torch.zeros(1, 64)), folder / "both.safetensors")
+    return folder / "both.safetensors"
+
+
 def test_speaker_from_clips_is_stored_and_read(voice_dir, chain_dir, clips, tmp_path):
     heard = Voice.from_pretrained(voice_dir, weights_dir=chain_dir, device="cpu", clips=clips)
     assert heard.latents.gpt.shape == (1, 32)
@@ -246,6 +267,11 @@ def test_voice_that_is_not_there(tmp_path, chain_dir):
         Voice.from_pretrained(tmp_path / "nobody", weights_dir=chain_dir)
     with pytest.raises(UserError, match="can't be used here"):
         Voice.from_pretrained(tmp_path, device="warp9")
+    with pytest.raises(UserError, match=r"holds no GPT .* give an export's folder"):
+        Voice.from_pretrained(tmp_path, weights_dir=chain_dir)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="a run that isn't exported yet"):
+        Voice.from_pretrained(tmp_path, weights_dir=chain_dir)
 
 
 def test_folder_with_a_missing_file(voice_dir, chain_dir, tmp_path):

@@ -55,6 +55,7 @@ EXPORT_FOLDER = "export"
 SENTENCE_PAUSE, PARAGRAPH_PAUSE = 0.1, 0.5
 """Seconds of silence between pieces, besides the fraction of a second that a piece itself ends with."""
 SPEAKING_PARTS = ("clvp", "diffusion", "vocoder")
+_GPT_FILES = ("config.json", "model.safetensors", "autoregressive.pth")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,12 @@ class Voice:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
         source = _locate(voice)
         cfg = ModelConfig(base=str(source), weights_dir=None if weights_dir is None else str(weights_dir))
-        files = resolve_base(cfg, dvae=False)
+        try:
+            files = resolve_base(cfg, dvae=False)
+        except UserError as error:  # said to somebody who trains
+            raise UserError(
+                str(error).replace("model.weights_dir", "weights_dir").replace("model.base", "voice")
+            ) from None
         wanted = [] if preview else list(SPEAKING_PARTS)
         if random is not None:
             wanted += ["random_gpt"] if preview else ["random_gpt", "random_diffusion"]
@@ -338,6 +344,13 @@ def _locate(voice: str | Path) -> Path | str:
         return RELEASED_BASE
     if path.is_dir() and not (path / "config.json").is_file() and (path / EXPORT_FOLDER / "config.json").is_file():
         return path / EXPORT_FOLDER
+    if path.is_dir() and not any((path / name).is_file() for name in _GPT_FILES) and not any(path.glob("*_gpt.pth")):
+        advice = (
+            "it is a run that isn't exported yet, see scripts/export.py"
+            if (path / "run.json").is_file()
+            else "give an export's folder, or a weights file"
+        )
+        raise UserError(f"The voice {voice} holds no GPT ({' or '.join(_GPT_FILES)}): {advice}.")
     if path.exists():
         return path
     from tortoise_hf.hub.pull import is_hub_name, pull_voice  # only a voice on the Hub takes its client
