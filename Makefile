@@ -1,4 +1,4 @@
-# make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU
+# make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU; share it on a Hub that runs here
 # make test   set up, then check the code and run the tests
 # make clean  delete what the two made, except the packages in .venv
 
@@ -12,6 +12,7 @@ DEMO := runs/demo
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml scripts/train.py --config configs/demo.yaml
+	$(BIN)/python tests/demo_hub.py $(DEMO)
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest

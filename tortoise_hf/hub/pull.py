@@ -115,7 +115,7 @@ def pull_voice(
 
 
 def _pull(api: HfApi, repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Path:
-    commit = api.model_info(repo_id, revision=revision).sha
+    commit = api.model_info(repo_id, revision=revision or constants.DEFAULT_REVISION).sha
     tree = list(islice(api.list_repo_tree(repo_id, recursive=True, revision=commit), MOST_FILES + 1))
     files = choose_files(repo_id, tree)
     check_space(files.values(), Path(cache_dir or constants.HF_HUB_CACHE), repo_id)
