@@ -53,7 +53,7 @@ def prepare(cfg: Config, push_to: str | None = None) -> None:
     if accelerator.is_main_process:
         print(plan.table())
         write_report(cfg, data.report)
-        print(f"All rows left out: {Path(cfg.training.output_dir) / REPORT_NAME}. Next: scripts/train.py, likewise.")
+        print(f"Report: {Path(cfg.training.output_dir) / REPORT_NAME}. Next: scripts/train.py with the same arguments.")
     accelerator.end_training()
 
 

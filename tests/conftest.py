@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tortoise_hf.config import CallbackConfig, Config, DataConfig, HubConfig, ModelConfig, OptimConfig, TrainingConfig
+
+# Some tests fork. OpenMP's threads don't survive that, and a forked process would wait for them forever; with one there
+# is none to lose. Set before torch is imported; programs that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).resolve().parents[1]

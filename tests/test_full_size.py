@@ -89,7 +89,13 @@ def test_run_from_a_file_in_the_published_layout_and_size(repository, room, tiny
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(repository / "scripts" / "train.py"), *flags],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(os.cpu_count()),
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+        },
         capture_output=True,
         text=True,
         check=False,

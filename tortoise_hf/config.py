@@ -293,7 +293,7 @@ class CallbackConfig:
     """Which extra callbacks run."""
 
     progress: bool = True
-    """Show a progress bar."""
+    """Show a progress bar; plain lines where the output is not a terminal."""
     tensorboard: bool = False
     """Write TensorBoard logs (needs the tensorboard extra)."""
     early_stopping_patience: int | None = None

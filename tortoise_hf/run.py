@@ -107,7 +107,7 @@ def check_run_folder(cfg: Config) -> None:
     if not (output_dir / RUN_FILE).is_file():
         raise UserError(
             f"training.output_dir {output_dir} holds files but no {RUN_FILE}, so it is not the folder of a run. Name "
-            "another folder, or empty this one."
+            "another folder."
         )
     if cfg.training.resume == "never":
         raise UserError(

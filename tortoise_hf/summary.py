@@ -56,12 +56,22 @@ def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportRepo
             f"Eval mel loss: {first['eval_mel_loss']:.3f} at step {first['step']}, {last['eval_mel_loss']:.3f} at step "
             f"{last['step']} ({change:.0f} % lower), {len(found)} evaluations."
         )
+        best = next((entry for entry in found if entry["step"] == state.best_global_step), last)
+        if best is not last:
+            lines.append(f"Lowest at step {best['step']}, with {best['eval_mel_loss']:.3f}: that step is exported.")
     if report is not None:
         lines.append(report.summary())
     lines += _places(run, state)
     lines.append("Next:")
     lines += [f"  {line}" for line in advise(found, state.global_step, run.max_steps, cfg.optim.learning_rate)]
-    lines.append("  your own voice: copy configs/my_voice.yaml, name your recordings in it, and give it as --config")
+    export_dir = run.output_dir / EXPORT_DIR
+    lines.append(
+        f'  hear it: python scripts/speak.py "Good morning." --voice {export_dir} --clips RECORDINGS_OF_THE_SPEAKER'
+    )
+    if cfg.model.from_scratch:
+        lines.append(
+            "  your own voice: copy configs/my_voice.yaml, name your recordings in it, and give it as --config"
+        )
     return "\n".join(lines)
 
 
@@ -99,8 +109,9 @@ def advise(evaluations: list[dict[str, float]], last_step: int, max_steps: int, 
     if not earlier or last["eval_loss"] < earlier[-1]["eval_loss"] * (1 - LEVEL):
         return [f"the eval loss was still falling at step {last['step']}; {longer}"]
     return [
-        f"the eval loss has levelled off since step {best['step'] if best is not last else earlier[-1]['step']}: more "
-        "recordings help more than more steps"
+        f"the eval loss has levelled off since step {best['step'] if best is not last else earlier[-1]['step']}, as it "
+        "does when the learning rate runs out: more recordings help most",
+        f"or {longer}",
     ]
 
 
@@ -112,7 +123,7 @@ def _places(run: Run, state: TrainerState) -> list[str]:
         note = f"eval loss {state.best_metric:.3f}"
         rows.append(("best checkpoint", run.output_dir / state.best_model_checkpoint, note))
     rows += [
-        ("last checkpoint", run.output_dir / f"checkpoint-{state.global_step}", "the same command goes on from here"),
+        ("last checkpoint", run.output_dir / f"checkpoint-{state.global_step}", "a longer run goes on from here"),
         ("log", run.output_dir / LOG_NAME, "one JSON line per entry"),
         ("dataset report", run.output_dir / REPORT_NAME, "clips used and left out, with reasons"),
     ]

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 from accelerate import Accelerator
-from transformers import DefaultFlowCallback, EarlyStoppingCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.integrations import TensorBoardCallback
 
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
@@ -41,7 +49,8 @@ def build_callbacks(cfg: Config, accelerator: Accelerator, files: BaseFiles | No
     if cfg.callbacks.tensorboard:
         callbacks.append(_tensorboard(cfg, accelerator))
     if cfg.callbacks.progress:
-        callbacks.append(ProgressCallback())
+        # A bar redraws itself; in a file or a pipe that is a wall of half lines.
+        callbacks.append(ProgressCallback() if sys.stderr.isatty() else PrinterCallback())
     return callbacks
 
 
