@@ -64,9 +64,11 @@ def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportRepo
     lines += _places(run, state)
     lines.append("Next:")
     lines += [f"  {line}" for line in advise(found, state.global_step, run.max_steps, cfg.optim.learning_rate)]
-    export_dir = run.output_dir / EXPORT_DIR
+    # A model of its own size fits none of the released models behind it, so only the preview can be heard.
+    preview = " --preview" if cfg.model.from_scratch else ""
     lines.append(
-        f'  hear it: python scripts/speak.py "Good morning." --voice {export_dir} --clips RECORDINGS_OF_THE_SPEAKER'
+        f'  hear it: python scripts/speak.py "Good morning." --voice {run.output_dir / EXPORT_DIR} '
+        f"--clips RECORDINGS_OF_THE_SPEAKER{preview}"
     )
     if cfg.model.from_scratch:
         lines.append(

@@ -84,4 +84,6 @@ def test_an_empty_list_stops_too():
 
 
 def test_something_kept_goes_on():
-    make_report(too_short=9).require_kept()
+    report = make_report(too_short=9)
+    report.require_kept()
+    assert report.num_dropped == 9  # one of ten is left, and nothing was raised
