@@ -126,9 +126,12 @@ def test_long_text_is_streamed_piece_by_piece(voice, tmp_path):
     np.testing.assert_allclose(samples / 32_767, whole.waveform.numpy(), atol=1 / 32_000)
 
 
-def test_a_cut_off_row_is_told(voice, caplog):
+def test_a_cut_off_row_is_told(voice, monkeypatch):
+    said = []
+    # Asked at its source: a program run earlier in this process may have switched loggers off.
+    monkeypatch.setattr("tortoise_hf.speech.logger.warning", lambda message, *values: said.append(message % values))
     voice.speak("The kettle is on.", **{**QUICK, "max_codes": 4})
-    assert "may be cut off" in caplog.text
+    assert any("may be cut off" in line for line in said)
 
 
 def test_progress_counts_samples_and_steps(voice):
