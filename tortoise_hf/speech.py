@@ -233,6 +233,26 @@ class Chain:
         with self.shelf.use("vocoder") as vocoder:
             return vocode(vocoder, mel, generator=generator)[0].cpu()
 
+    def codes(
+        self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
+    ) -> list[torch.Tensor]:
+        """What is spoken of each text: the sampled row that CLVP likes best, (C,); STOP from its end on."""
+        every_ids = [self.text_ids(text) for text in texts]
+        with self.shelf.use("gpt"):
+            sampled = [self.sample(ids, latents, preset, seed, progress) for ids in every_ids]
+        best = [0] * len(sampled)
+        if preset.num_samples > 1:
+            stop = self.gpt_config.stop_mel_id
+            with self.shelf.use("clvp"):
+                best = [
+                    int(self.rank(ids, clean_codes(rows, stop)).argmax())
+                    for ids, rows in zip(every_ids, sampled, strict=True)
+                ]
+        chosen = [rows[index] for rows, index in zip(sampled, best, strict=True)]
+        for text, row in zip(texts, chosen, strict=True):
+            self._warn_if_cut_off(text, row)
+        return chosen
+
     def speak(
         self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
     ) -> list[torch.Tensor]:
@@ -242,25 +262,25 @@ class Chain:
 
         Raises: UserError: if the voice lacks a latent, or the GPT doesn't fit the other models.
         """
-        if latents.diffusion is None:
-            raise UserError(
-                "This voice has no latent for the diffusion model, so only previews can be heard; make it again from "
-                "recordings with scripts/voice.py, or ask for a preview."
-            )
-        self._check_sizes()
-        every_ids = [self.text_ids(text) for text in texts]
+        self.check(latents)
+        rows = self.codes(texts, latents, preset, seed, progress)
+        return self.speak_codes(texts, rows, latents, preset, seed, progress)
+
+    def speak_codes(
+        self,
+        texts: list[str],
+        rows: list[torch.Tensor],
+        latents: VoiceLatents,
+        preset: Preset,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[torch.Tensor]:
+        """Say the codes of each text, (C,), sampled or a recording's: (S,) samples at 24,000 Hz for each."""
+        cleaned = [clean_codes(row.unsqueeze(0), self.gpt_config.stop_mel_id)[0] for row in rows]
         with self.shelf.use("gpt"):
-            sampled = [self.sample(ids, latents, preset, seed, progress) for ids in every_ids]
-        rows = [clean_codes(codes, self.gpt_config.stop_mel_id) for codes in sampled]
-        best = [0] * len(rows)
-        if preset.num_samples > 1:
-            with self.shelf.use("clvp"):
-                best = [int(self.rank(ids, codes).argmax()) for ids, codes in zip(every_ids, rows, strict=True)]
-        chosen = [codes[index] for codes, index in zip(rows, best, strict=True)]
-        for text, codes in zip(texts, chosen, strict=True):
-            self._warn_if_cut_off(text, codes)
-        with self.shelf.use("gpt"):
-            spoken = [self.latents(ids, codes, latents) for ids, codes in zip(every_ids, chosen, strict=True)]
+            spoken = [
+                self.latents(self.text_ids(text), codes, latents) for text, codes in zip(texts, cleaned, strict=True)
+            ]
         generators = [torch.Generator().manual_seed(seed) for _ in texts]
         with self.shelf.use("diffusion"):
             mels = [
@@ -274,22 +294,29 @@ class Chain:
         self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """Say each text roughly, with one sample, the DVAE and Griffin-Lim: (S,) samples at 22,050 Hz for each."""
-        preset = replace(preset, num_samples=1)
-        waveforms = []
-        for text in texts:
-            codes = self.sample(self.text_ids(text), latents, preset, seed, progress)[0]
-            self._warn_if_cut_off(text, codes)
-            codes = codes[codes != self.gpt_config.stop_mel_id]
-            if not len(codes):  # STOP at once: a moment of silence
-                waveforms.append(torch.zeros(HOP_LENGTH * FRAMES_PER_CODE))
-                continue
-            with self.shelf.use("dvae") as dvae:
-                mel = dvae.decode(codes.to(self.shelf.device).unsqueeze(0))
-            waveforms.append(griffin_lim(mel[0].cpu() * self.mel_norms.unsqueeze(1), seed))
-        return waveforms
+        rows = self.codes(texts, latents, replace(preset, num_samples=1), seed, progress)
+        with self.shelf.use("dvae"):
+            return [self.preview_codes(row, seed) for row in rows]
 
-    def _check_sizes(self) -> None:
-        """The models behind the GPT know the released codebook and width only."""
+    def preview_codes(self, row: torch.Tensor, seed: int) -> torch.Tensor:
+        """Rough sound of codes, (C,), sampled or a recording's, up to their STOP: (S,) samples at 22,050 Hz."""
+        row = row[row != self.gpt_config.stop_mel_id]
+        if not len(row):  # STOP at once: a moment of silence
+            return torch.zeros(HOP_LENGTH * FRAMES_PER_CODE)
+        with self.shelf.use("dvae") as dvae:
+            mel = dvae.decode(row.to(self.shelf.device).unsqueeze(0))
+        return griffin_lim(mel[0].cpu() * self.mel_norms.unsqueeze(1), seed)
+
+    def check(self, latents: VoiceLatents) -> None:
+        """Refuse what the models behind the GPT can't speak.
+
+        Raises: UserError: if the voice lacks a latent, or the GPT doesn't fit the other models.
+        """
+        if latents.diffusion is None:
+            raise UserError(
+                "This voice has no latent for the diffusion model, so only previews can be heard; make it again from "
+                "recordings with scripts/voice.py, or ask for a preview."
+            )
         codes, width = self.gpt_config.num_mel_codes, self.gpt_config.hidden_size
         if (codes, width) != (self.num_mel_codes, self.latent_size) or codes <= max(CLOSING_CODES):
             raise UserError(
@@ -298,8 +325,8 @@ class Chain:
             )
 
     def _warn_if_cut_off(self, text: str, codes: torch.Tensor) -> None:
-        """A row without an end, cleaned or not, ran into the limit."""
-        if codes[-1] not in (CLOSING_CODES[-1], self.gpt_config.stop_mel_id):
+        """A row without STOP ran into the limit."""
+        if codes[-1] != self.gpt_config.stop_mel_id:
             logger.warning("%r may be cut off: the voice didn't end within %d codes.", text[:60], len(codes))
 
 
