@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from torch import nn
 from tortoise_hf.audio import (
     FFT_SIZE,
     HOP_LENGTH,
+    LOG_FLOOR,
     NUM_MEL_BINS,
     SAMPLE_RATE,
     SAMPLE_RATE_24K,
@@ -296,16 +298,17 @@ class Chain:
         """Say each text roughly, with one sample, the DVAE and Griffin-Lim: (S,) samples at 22,050 Hz for each."""
         rows = self.codes(texts, latents, replace(preset, num_samples=1), seed, progress)
         with self.shelf.use("dvae"):
-            return [self.preview_codes(row, seed) for row in rows]
+            mels = [self.preview_mel(row) for row in rows]
+        return [griffin_lim(mel, seed) for mel in mels]
 
-    def preview_codes(self, row: torch.Tensor, seed: int) -> torch.Tensor:
-        """Rough sound of codes, (C,), sampled or a recording's, up to their STOP: (S,) samples at 22,050 Hz."""
+    def preview_mel(self, row: torch.Tensor) -> torch.Tensor:
+        """(80, F) log-mel of codes, (C,), sampled or a recording's, up to their STOP; not normalised, on the CPU."""
         row = row[row != self.gpt_config.stop_mel_id]
         if not len(row):  # STOP at once: a moment of silence
-            return torch.zeros(HOP_LENGTH * FRAMES_PER_CODE)
+            return torch.full((NUM_MEL_BINS, FRAMES_PER_CODE), math.log(LOG_FLOOR))
         with self.shelf.use("dvae") as dvae:
             mel = dvae.decode(row.to(self.shelf.device).unsqueeze(0))
-        return griffin_lim(mel[0].cpu() * self.mel_norms.unsqueeze(1), seed)
+        return mel[0].cpu() * self.mel_norms.unsqueeze(1)
 
     def check(self, latents: VoiceLatents) -> None:
         """Refuse what the models behind the GPT can't speak.
