@@ -27,7 +27,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 VOCAB_SIZE = 128
 """Text ids: frequent words are single ids, and a hundred sentences still show each of them often."""
 NUM_CODES = 128
-"""Mel codes. The demo voice has about 9 300, so that each is seen some seventy times."""
+"""Mel codes. The demo voice has about 7 000, so that each is seen some fifty times."""
 SEED = 0
 LLOYD_STEPS = 50
 """The codebook moves little after some twenty."""
@@ -40,7 +40,7 @@ GPT_CONFIG = GPTConfig(
     num_heads=4,
     num_text_tokens=VOCAB_SIZE,
     num_mel_codes=NUM_CODES,
-    dropout=0.0,  # 1.4 million parameters on seven minutes of speech: the demo is to learn fast, not to generalize
+    dropout=0.0,  # 1.4 million parameters on five minutes of speech: the demo is to learn fast, not to generalize
 )
 DVAE_CONFIG = DVAEConfig(hidden_size=32, codebook_dim=32, num_codes=NUM_CODES, num_resnet_blocks=1)
 

@@ -1,12 +1,15 @@
 """The demo voice as it lies in the repository, and that its script makes the same clips again."""
 
-import runpy
 import shutil
 from pathlib import Path
 
+import make_demo_voice
 import numpy as np
 import pytest
 import soundfile
+from base_domain import Sentence, Sentences, draw_sentences, grammar
+from make_demo_voice import SLT
+from synthesizers import speak
 
 from tortoise_hf.errors import UserError
 from tortoise_hf.text import clean_training_text, train_tokenizer
@@ -14,11 +17,6 @@ from tortoise_hf.text import clean_training_text, train_tokenizer
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOICE = REPOSITORY / "examples" / "demo_voice"
 needs_flite = pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
-
-
-@pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(REPOSITORY / "scripts" / "make_demo_voice.py"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def infos(rows):
 def test_metadata_is_in_the_layout_of_ljspeech(rows):
     assert all(len(row) == 3 for row in rows)
     ids = [row[0] for row in rows]
-    assert len(set(ids)) == len(ids) >= 80
+    assert len(set(ids)) == len(ids) >= 100
     assert {path.stem for path in (VOICE / "wavs").iterdir()} == set(ids)
 
 
@@ -57,13 +55,13 @@ def test_every_text_is_unique_and_can_be_encoded(rows):
         assert max(len(tokenizer.encode(text)) for text in texts) <= 200  # even when every character is an id
 
 
-def test_clips_are_mono_flac_at_22050_hz_between_2_and_8_seconds(infos):
+def test_clips_are_mono_flac_at_22050_hz_between_1_and_6_seconds(infos):
     assert {(info.format, info.samplerate, info.channels, info.subtype) for info in infos} == {
         ("FLAC", 22_050, 1, "PCM_16")
     }
     seconds = [info.duration for info in infos]
-    assert min(seconds) >= 2
-    assert max(seconds) <= 8
+    assert min(seconds) >= 1
+    assert max(seconds) <= 6
 
 
 def test_no_clip_is_silent_or_clipped(rows):
@@ -73,59 +71,58 @@ def test_no_clip_is_silent_or_clipped(rows):
 
 
 def test_the_folder_stays_small():
-    assert sum(path.stat().st_size for path in VOICE.rglob("*") if path.is_file()) < 6_000_000
+    assert sum(path.stat().st_size for path in VOICE.rglob("*") if path.is_file()) < 5_000_000
 
 
-def test_metadata_is_what_the_sentences_say(rows, script):
-    sentences = script["read_sentences"](script["SENTENCES"])
-    assert [[sentence.clip_id, sentence.transcript, sentence.normalized] for sentence in sentences] == rows
+def test_texts_are_what_the_domain_says(rows):
+    sentences = draw_sentences()
+    assert [[sentence.printed, sentence.spoken] for sentence in sentences.demo] == [row[1:] for row in rows]
+    unseen = (VOICE / "unseen.txt").read_text(encoding="utf-8").splitlines()
+    assert [f"{sentence.printed}|{sentence.spoken}" for sentence in sentences.unseen] == unseen
+    assert (VOICE / "grammar.jsgf").read_text(encoding="utf-8") == grammar()
+
+
+def test_every_clip_begins_and_ends_with_a_tenth_of_a_second_of_silence(rows):
+    for clip_id, _, _ in rows:
+        spoken = np.flatnonzero(soundfile.read(VOICE / "wavs" / f"{clip_id}.flac", dtype="int16")[0])
+        length = soundfile.info(VOICE / "wavs" / f"{clip_id}.flac").frames
+        assert 2205 <= spoken[0] < 2205 + 220, clip_id
+        assert 2205 <= length - 1 - spoken[-1] < 2205 + 220, clip_id
 
 
 @needs_flite
-def test_two_clips_made_again_have_the_stored_samples(rows, script):
-    flite = script["find_flite"]()
+def test_two_clips_made_again_have_the_stored_samples(rows):
     for clip_id, _, normalized in (rows[3], rows[-1]):
         stored, _ = soundfile.read(VOICE / "wavs" / f"{clip_id}.flac", dtype="int16")
-        np.testing.assert_array_equal(script["speak"](normalized, flite), stored)
+        np.testing.assert_array_equal(speak(normalized, SLT), stored)
 
 
 @needs_flite
-def test_main_writes_a_folder_once_and_again_only_when_told(script, tmp_path):
-    sentences = tmp_path / "sentences.txt"
-    sentences.write_text("It is 4 miles.|It is four miles.\nAre you there?\n")
+def test_main_writes_a_folder_once_and_again_only_when_told(tmp_path, monkeypatch):
+    few = Sentences(
+        demo=[Sentence("It is 4 miles.", "It is four miles."), Sentence("Are you there?", "Are you there?")],
+        unseen=[Sentence("Is it 5?", "Is it five?")],
+        corpus=iter(()),
+    )
+    monkeypatch.setattr(make_demo_voice, "draw_sentences", lambda: few)
     output = tmp_path / "voice"
-    arguments = ["--sentences", str(sentences), "--output", str(output)]
-    script["main"](arguments)
+    make_demo_voice.main(["--output", str(output)])
     assert (output / "metadata.csv").read_text() == (
         "demo-001|It is 4 miles.|It is four miles.\ndemo-002|Are you there?|Are you there?\n"
     )
+    assert (output / "unseen.txt").read_text() == "Is it 5?|Is it five?\n"
     first = {path.name: path.read_bytes() for path in (output / "wavs").iterdir()}
     assert set(first) == {"demo-001.flac", "demo-002.flac"}
     with pytest.raises(UserError, match=r"is not empty.*--overwrite"):
-        script["main"](arguments)
+        make_demo_voice.main(["--output", str(output)])
     (output / "README.md").write_text("kept")
-    script["main"]([*arguments, "--overwrite"])
+    make_demo_voice.main(["--output", str(output), "--overwrite"])
     assert {path.name: path.read_bytes() for path in (output / "wavs").iterdir()} == first
     assert (output / "README.md").read_text() == "kept"
 
 
-def test_a_missing_flite_is_named(script, tmp_path, monkeypatch):
+def test_a_missing_flite_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"flite.*was not found on PATH; install it"):
-        script["main"](["--output", str(tmp_path / "voice")])
+        make_demo_voice.main(["--output", str(tmp_path / "voice")])
     assert not (tmp_path / "voice").exists()
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("One.\nOne.\n", "line 2 is spoken like line 1"),
-        ("a|b|c\n", "line 1: expected"),
-        ("One.\n\nTwo.\n", "line 2: expected"),
-    ],
-)
-def test_sentences_that_cannot_be_used_are_named_by_line(script, tmp_path, text, message):
-    path = tmp_path / "sentences.txt"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        script["read_sentences"](path)

@@ -1,0 +1,156 @@
+"""The corpus of the demo's base: who speaks, what is written, when it is refused."""
+
+import shutil
+from collections import Counter
+
+import make_base_corpus
+import numpy as np
+import pytest
+import soundfile
+import synthesizers
+from base_domain import draw_sentences
+from make_demo_voice import SLT
+
+from tortoise_hf.config import DataConfig
+from tortoise_hf.data.ljspeech import read_rows
+from tortoise_hf.errors import UserError
+
+needs_synthesizers = pytest.mark.skipif(
+    not (shutil.which("flite") and shutil.which("espeak-ng")), reason="flite or espeak-ng is not installed"
+)
+RATE = 22_050
+
+
+def tone(seconds, lead=0.0, tail=0.0, rate=16_000):
+    """A loud tone of 200 Hz between stretches of faint noise."""
+    noise = np.random.default_rng(0).normal(0, 1e-4, round((lead + seconds + tail) * rate))
+    first, last = round(lead * rate), round((lead + seconds) * rate)
+    noise[first:last] += 0.5 * np.sin(2 * np.pi * 200 * np.arange(last - first) / rate)
+    return noise
+
+
+@pytest.fixture
+def spoken(monkeypatch, tmp_path):
+    """Stands in for both synthesizers: writes a tone of 0.1 s per word and keeps the commands."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        text = command[command.index("-t") + 1] if "-t" in command else command[-1]
+        path = command[command.index("-o" if "-o" in command else "-w") + 1]
+        soundfile.write(path, tone(0.1 * len(text.split()), lead=0.3, tail=0.2), 16_000)
+        return synthesizers.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(synthesizers, "find_program", str)
+    monkeypatch.setattr(make_base_corpus, "find_program", str)
+    monkeypatch.setattr(synthesizers.subprocess, "run", run)
+    return commands
+
+
+def make(output, **settings):
+    return make_base_corpus.make_base_corpus(output, hours=settings.pop("hours", 30 / 3600), **settings)
+
+
+def test_the_demo_voice_is_not_among_the_speakers_and_most_voices_differ():
+    speakers = make_base_corpus.SPEAKERS
+    assert SLT.voice not in {speaker.voice for speaker in speakers}
+    assert len({speaker.name for speaker in speakers}) == len(speakers) >= 12
+    assert len({(speaker.voice, speaker.options, speaker.shift) for speaker in speakers}) == len(speakers)
+
+
+def test_the_corpus_is_read_as_rows_with_speakers_and_texts_of_the_domain(spoken, tmp_path):
+    num_samples = make(tmp_path / "corpus")
+    rows = read_rows(DataConfig(root=str(tmp_path / "corpus"))).train
+    assert set(rows["problem"]) == {""}
+    assert Counter(rows["speaker"]).keys() == {speaker.name for speaker in make_base_corpus.SPEAKERS}
+    corpus = draw_sentences(0).corpus
+    for index, text in enumerate(rows["text"]):
+        sentence = next(corpus)
+        assert text == (sentence.printed if index // len(make_base_corpus.SPEAKERS) % 2 else sentence.spoken)
+    stored = sum(soundfile.info(path).frames for path in rows["audio_path"])
+    assert stored == num_samples.total()
+    assert 30 <= stored / RATE < 32
+
+
+def test_the_same_seed_gives_the_same_files(spoken, tmp_path):
+    make(tmp_path / "one")
+    make(tmp_path / "two", processes=5)
+    make(tmp_path / "three", seed=1)
+    texts = [(tmp_path / name / "metadata.csv").read_text() for name in ("one", "two", "three")]
+    assert texts[0] == texts[1] != texts[2]
+    clips = [{path.name: path.read_bytes() for path in (tmp_path / name / "wavs").iterdir()} for name in ("one", "two")]
+    assert clips[0] == clips[1]
+
+
+def test_a_folder_that_holds_something_is_replaced_only_when_told(spoken, tmp_path):
+    output = tmp_path / "corpus"
+    make(output)
+    with pytest.raises(UserError, match=r"is not empty.*--overwrite"):
+        make(output)
+    (output / "notes.txt").write_text("kept")
+    many = len(list((output / "wavs").iterdir()))
+    make(output, hours=10 / 3600, overwrite=True)
+    assert (output / "notes.txt").read_text() == "kept"
+    num_lines = len((output / "metadata.csv").read_text().splitlines()) - 1
+    assert len(list((output / "wavs").iterdir())) == num_lines < many
+
+
+def test_clips_have_a_tenth_of_a_second_of_silence_around_speech_of_one_level(spoken):
+    clip = synthesizers.speak("one two three four five", SLT)
+    assert clip.dtype == np.int16
+    silence = round(0.1 * RATE)
+    assert not clip[:silence].any()
+    assert not clip[-silence:].any()
+    speech = clip[silence:-silence] / 32768
+    assert len(speech) / RATE == pytest.approx(0.5, abs=0.011)
+    assert np.sqrt(np.mean(speech**2)) == pytest.approx(0.1, rel=0.03)
+    assert abs(speech[:50]).max() > 0.05  # sound right after the silence
+
+
+def test_a_shift_plays_faster_and_higher(spoken):
+    speaker = synthesizers.Speaker("high", "flite", "rms", shift=1.25)
+    speech = synthesizers.speak("one two three four five", speaker)[2205:-2205] / 32768.0
+    assert len(speech) / RATE == pytest.approx(0.4, abs=0.011)
+    spectrum = np.abs(np.fft.rfft(speech))
+    assert spectrum.argmax() * RATE / len(speech) == pytest.approx(250, abs=5)
+
+
+def test_a_missing_synthesizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"flite.*was not found on PATH; install it"):
+        make_base_corpus.main(["--output", str(tmp_path / "corpus")])
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_failing_synthesizer_is_told(tmp_path, monkeypatch):
+    program = tmp_path / "flite"
+    program.write_text("#!/bin/sh\necho no such voice >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(UserError, match=r"flite could not speak 'Hello\.' with the voice slt \(no such voice\)"):
+        synthesizers.speak("Hello.", SLT)
+
+
+def test_hours_must_be_above_zero(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        make_base_corpus.main(["--output", str(tmp_path), "--hours", "0"])
+    assert "--hours must be above 0" in capsys.readouterr().err
+
+
+@needs_synthesizers
+def test_all_speakers_speak_and_two_of_them_differ():
+    clips = {
+        speaker.name: synthesizers.speak("Where is the red table?", speaker) for speaker in make_base_corpus.SPEAKERS
+    }
+    assert all(0.8 < len(clip) / RATE < 4 for clip in clips.values())
+    assert all(np.abs(clip).max() < 32767 for clip in clips.values())
+    assert len({clip.tobytes() for clip in clips.values()}) == len(clips)
+
+
+@needs_synthesizers
+def test_main_says_what_came_out(tmp_path, capsys):
+    make_base_corpus.main(["--output", str(tmp_path / "corpus"), "--hours", "0.002"])
+    assert "clips of" in capsys.readouterr().out
+    assert (
+        (tmp_path / "corpus" / "metadata.csv").read_text().startswith("audio_file|text|speaker\nwavs/base-00001.flac|")
+    )
