@@ -45,6 +45,15 @@ def prompt_of(tensors, row):
     return text_ids, tensors["out.ref.cond_latent"][row : row + 1]
 
 
+def begin(model, texts, latents, num_rows=1):
+    """A decoder that has read prompts, with so many rows of each, and their states, one row behind the other."""
+    decoder = CachedGPT(model, len(texts) * num_rows)
+    prompts = decoder.read(texts, latents)
+    for prompt in prompts:
+        decoder.join(prompt, num_rows)
+    return decoder, [torch.stack([prompt.state for prompt in prompts for _ in range(num_rows)])]
+
+
 def seen_in(ids, vocabulary):
     return torch.zeros(len(ids), vocabulary, dtype=torch.bool).scatter(1, ids, True)
 
@@ -55,7 +64,7 @@ def test_golden_greedy_codes(model, tensors, row, penalty):
     text_ids, latent = prompt_of(tensors, row)
     expected = tensors[f"out.greedy.rp{penalty}.b{row}"]
     config = SamplingConfig(temperature=0, repetition_penalty=penalty, max_codes=expected.shape[1])
-    assert generate_codes(model, text_ids, latent, config=config).tolist() == expected.tolist()
+    assert generate_codes(model, [text_ids], latent, config=config)[0].tolist() == expected.tolist()
 
 
 @torch.no_grad()
@@ -63,9 +72,8 @@ def test_golden_greedy_codes(model, tensors, row, penalty):
 def test_golden_step_logits(model, tensors, row):
     text_ids, latent = prompt_of(tensors, row)
     expected, codes = tensors[f"out.greedy.step_logits.b{row}"], tensors[f"out.greedy.rp1.b{row}"]
-    decoder = CachedGPT(model)
-    states = [decoder.prompt(text_ids.unsqueeze(0), latent)]
-    states += [decoder.code(codes[:, step], step + 1) for step in range(expected.shape[1] - 1)]
+    decoder, states = begin(model, [text_ids], latent)
+    states += [decoder.code(codes[:, step], torch.tensor([step + 1])) for step in range(expected.shape[1] - 1)]
     torch.testing.assert_close(model.mel_head(torch.stack(states, 1)), expected, atol=1e-4, rtol=0)
 
 
@@ -74,10 +82,8 @@ def test_cached_states_are_those_of_the_whole_row(model, tensors):
     """Far enough that the cache has to grow; the states equal the latents that the diffusion model gets."""
     text_ids, latent = prompt_of(tensors, 0)
     codes = torch.randint(0, 256, (3, 60), generator=torch.Generator().manual_seed(0))
-    decoder = CachedGPT(model)
-    states = [decoder.prompt(text_ids.unsqueeze(0), latent).expand(3, -1)]
-    decoder.repeat(3)
-    states += [decoder.code(codes[:, step], step + 1) for step in range(59)]
+    decoder, states = begin(model, [text_ids], latent, num_rows=3)
+    states += [decoder.code(codes[:, step], torch.tensor([step + 1] * 3)) for step in range(59)]
     whole = model.latents(text_ids.unsqueeze(0), codes, latent)
     torch.testing.assert_close(torch.stack(states, 1), whole, atol=1e-4, rtol=0)
 
@@ -143,24 +149,75 @@ def test_batches_change_nothing_and_lose_nobody(willing, tensors, batch_size):
     text_ids, latent = prompt_of(tensors, 0)
     config = SamplingConfig(temperature=1.5, top_p=1.0, max_codes=50)
     progress = []
-    all_at_once = generate_codes(willing, text_ids, latent, 16, config, seed=3)
+    all_at_once = generate_codes(willing, [text_ids], latent, 16, config, seed=3)
     codes = generate_codes(
-        willing, text_ids, latent, 16, config, seed=3, batch_size=batch_size, progress=progress.append
+        willing, [text_ids], latent, 16, config, seed=3, batch_size=batch_size, progress=progress.append
     )
-    assert codes.shape == (16, 50)
+    assert codes.shape == (1, 16, 50)
     assert torch.equal(codes, all_at_once)
     assert sum(progress) == 16
-    lengths = (codes != willing.config.stop_mel_id).sum(1)
+    lengths = (codes != willing.config.stop_mel_id).sum(-1)
     assert len(lengths.unique()) > 4  # rows really left the batch one after the other
-    assert len(codes.unique(dim=0)) > 10
-    assert torch.equal(generate_codes(willing, text_ids, latent, 5, config, seed=3), all_at_once[:5])
-    assert not torch.equal(generate_codes(willing, text_ids, latent, 16, config, seed=4), all_at_once)
+    assert len(codes[0].unique(dim=0)) > 10
+    assert torch.equal(generate_codes(willing, [text_ids], latent, 5, config, seed=3), all_at_once[:, :5])
+    assert not torch.equal(generate_codes(willing, [text_ids], latent, 16, config, seed=4), all_at_once)
+
+
+@pytest.fixture
+def several(tensors):
+    """Texts of many lengths, each with a latent of its own."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [9, 2, 23, 5, 14, 31, 3]
+    texts = [torch.randint(1, 40, (length,), generator=generator) for length in lengths]
+    return [torch.nn.functional.pad(text, (0, 1)) for text in texts], torch.randn(7, 64, generator=generator)
+
+
+@pytest.mark.parametrize("num_samples, batch_size", [(1, None), (3, 5)])
+def test_texts_in_a_batch_say_what_they_say_alone(willing, several, num_samples, batch_size):
+    texts, latents = several
+    config = SamplingConfig(temperature=1.5, top_p=1.0, max_codes=50)
+    together = generate_codes(willing, texts, latents, num_samples, config, seed=3, batch_size=batch_size)
+    assert together.shape == (7, num_samples, 50)
+    for i in (0, 2, 6):
+        alone = generate_codes(willing, [texts[i]], latents[i : i + 1], num_samples, config, seed=3)
+        assert torch.equal(alone[0], together[i])
+    shared = generate_codes(willing, texts, latents[:1], num_samples, config, seed=3)
+    assert torch.equal(shared[0], together[0])
+    assert not torch.equal(shared[1:], together[1:])
+
+
+@torch.no_grad()
+def test_states_depend_on_no_neighbour(model, several):
+    """Rows of many lengths, some leaving and others taking their place, have the states of the whole row by itself."""
+    texts, latents = several
+    codes = torch.randint(0, 256, (7, 60), generator=torch.Generator().manual_seed(0))
+    whole = [
+        model.latents(text.unsqueeze(0), row.unsqueeze(0), latent.unsqueeze(0))[0]
+        for text, row, latent in zip(texts, codes, latents, strict=True)
+    ]
+    decoder = CachedGPT(model, 4)
+    prompts = decoder.read(texts, latents)
+    rows, waiting, steps = [], list(range(7)), [0] * 7
+    until = [10, 59, 3, 30, 59, 20, 45]
+    while rows or waiting:
+        while waiting and len(rows) < 4:
+            rows.append(waiting.pop(0))
+            decoder.join(prompts[rows[-1]], 1)
+            torch.testing.assert_close(prompts[rows[-1]].state, whole[rows[-1]][0], atol=1e-4, rtol=0)
+        for row in rows:
+            steps[row] += 1
+        now = torch.tensor([steps[row] for row in rows])
+        states = decoder.code(codes[rows, now - 1], now)
+        for row, state in zip(rows, states, strict=True):
+            torch.testing.assert_close(state, whole[row][steps[row]], atol=1e-4, rtol=0)
+        order = decoder.leave([place for place, row in enumerate(rows) if steps[row] == until[row]])
+        rows = [rows[place] for place in order]
 
 
 def test_start_never_comes_and_after_stop_comes_only_stop(willing, tensors):
     text_ids, latent = prompt_of(tensors, 1)
     config = SamplingConfig(temperature=2.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_codes=50)
-    codes = generate_codes(willing, text_ids, latent, 12, config)
+    codes = generate_codes(willing, [text_ids], latent, 12, config)[0]
     assert not (codes == willing.config.start_mel_id).any()
     stopped = (codes == willing.config.stop_mel_id).cumsum(1) > 0
     assert (codes[stopped] == willing.config.stop_mel_id).all()
@@ -171,9 +228,9 @@ def test_start_never_comes_and_after_stop_comes_only_stop(willing, tensors):
 def test_what_does_not_fit_is_refused(model):
     latent = torch.zeros(1, 64)
     with pytest.raises(ValueError, match="text ids"):
-        generate_codes(model, torch.zeros(41, dtype=torch.int64), latent)
+        generate_codes(model, [torch.zeros(41, dtype=torch.int64)], latent)
     with pytest.raises(ValueError, match="max_codes"):
-        generate_codes(model, torch.zeros(4, dtype=torch.int64), latent, config=SamplingConfig(max_codes=65))
+        generate_codes(model, [torch.zeros(4, dtype=torch.int64)], latent, config=SamplingConfig(max_codes=65))
 
 
 def test_golden_clean_up_and_trim():

@@ -1,16 +1,18 @@
 """Text to mel codes: sampling from the GPT with a key-value cache, and what is done to the codes afterwards.
 
-All samples of a text share its prompt, ``[conditioning][START text STOP STOP][START]``, which is computed once. Rows
-that have ended leave the batch. A sample depends on the seed and on its number alone: neither on the batch it was in
-nor on how many others were asked for.
+Samples of one text and of different texts are rows of one batch. Each row has its own length; the prompt
+``[conditioning][START text STOP STOP][START]`` is computed once for all samples of a text. A row that has ended leaves
+the batch and the next one takes its place, so the batch is full until the last rows are under way. A sample depends on
+the seed, its text and its number alone: not on the batch it was in, nor on how many others were asked for.
 """
 
-# N samples · P prompt positions · C mel codes · V mel vocabulary · D hidden size
+# B texts · N samples of each · R rows of the batch · C mel codes · V mel vocabulary · D hidden size · L positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -27,8 +29,8 @@ PLACEHOLDER_ID = 1
 """Stood for all prompt positions in TorToiSe's generation, so its repetition penalty took code 1 for a repeated one."""
 CACHE_BLOCK = 64
 """Positions by which the key-value cache grows."""
-SHRINK_AT = 0.75
-"""Share of rows still going at which the ended ones are taken out of the cache; doing so copies it."""
+PROMPTS_AT_ONCE = 16
+"""Prompts computed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,79 +93,135 @@ def draw(logits: torch.Tensor, config: SamplingConfig, uniform: torch.Tensor) ->
     return codes.gather(1, index.unsqueeze(1)).squeeze(1)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the GPT made of a text before the first code."""
+
+    state: torch.Tensor
+    """(D,) the state that predicts the first code."""
+    cache: list[torch.Tensor]
+    """Per layer (2, heads, positions, head size): keys and values."""
+
+
 class CachedGPT:
     """The GPT-2 stack one position at a time, with keys and values of earlier positions kept.
 
-    Written out instead of transformers' cache classes: every row is at the same position, so attention needs no mask,
-    ended rows can be taken out, and the buffers grow in blocks.
+    Written out instead of transformers' cache classes: rows come and go while others are under way. Every row begins at
+    the first place of its part of the cache and keeps its own count of positions; what lies behind is masked.
     """
 
-    def __init__(self, model: TortoiseGPT) -> None:
-        self.model = model
-        self.length = 0
-        self.cache: list[torch.Tensor] = []  # per layer (2, N, heads, room, head size)
+    def __init__(self, model: TortoiseGPT, most_rows: int) -> None:
+        """No row is there yet.
 
-    def prompt(self, text_ids: torch.Tensor, conditioning_latent: torch.Tensor) -> torch.Tensor:
-        """Read the prompt of one text: (1, T) ids and (1, D) to (1, D), the state that predicts the first code."""
+        Args:
+            model: in evaluation mode.
+            most_rows: rows there is room for at a time.
+        """
+        self.model, self.most_rows = model, most_rows
+        self.lengths: list[int] = []  # positions of each row
+        self.cache: list[torch.Tensor] = []  # per layer (2, most_rows, heads, room, head size)
+
+    def read(self, texts: Sequence[torch.Tensor], conditioning_latents: torch.Tensor) -> list[Prompt]:
+        """Read the prompts of several texts, given as (T,) ids each and (B, D).
+
+        Shorter ones are padded behind their end, where causal attention doesn't look.
+        """
         model, config = self.model, self.model.config
-        text = nn.functional.pad(text_ids, (1, 0), value=config.start_text_id)
-        text = nn.functional.pad(text, (0, 1), value=config.stop_text_id)
-        start = text_ids.new_tensor([[config.start_mel_id]])
-        text_rows = model.text_embedding(text) + model.text_pos_embedding(text)
-        mel_rows = model.mel_embedding(start) + model.mel_pos_embedding(start)
-        latent = conditioning_latent.to(text_rows.dtype).unsqueeze(1)
-        return self._advance(torch.cat([latent, text_rows, mel_rows], dim=1))
+        device, longest = model.mel_head.weight.device, max(len(text) for text in texts)
+        rows = []
+        for text, latent in zip(texts, conditioning_latents, strict=True):
+            ids = nn.functional.pad(text.to(device), (1, 0), value=config.start_text_id)
+            ids = nn.functional.pad(ids, (0, 1), value=config.stop_text_id).unsqueeze(0)
+            start = ids.new_tensor([[config.start_mel_id]])
+            text_row = model.text_embedding(ids) + model.text_pos_embedding(ids)
+            mel_row = model.mel_embedding(start) + model.mel_pos_embedding(start)
+            row = torch.cat([latent.to(text_row.dtype).view(1, 1, -1), text_row, mel_row], dim=1)
+            rows.append(nn.functional.pad(row, (0, 0, 0, longest - len(text))))
+        hidden, kept = torch.cat(rows), []
+        for block in model.gpt.h:
+            query, key, value = self._heads(block.attn, block.ln_1(hidden))
+            kept.append((key, value))
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            hidden = self._finish(block, hidden, attended)
+        prompts = []
+        for index, text in enumerate(texts):
+            length = len(text) + 4
+            state = model.final_norm(model.gpt.ln_f(hidden[index, length - 1]))
+            prompts.append(Prompt(state, [torch.stack([k[index, :, :length], v[index, :, :length]]) for k, v in kept]))
+        return prompts
 
-    def repeat(self, num_rows: int) -> None:
-        """Make the prompt that of so many rows."""
-        self.cache = [kept.expand(-1, num_rows, -1, -1, -1) for kept in self.cache]
+    def join(self, prompt: Prompt, num_rows: int) -> None:
+        """Let so many rows with this prompt begin, behind those that are there."""
+        first, length = len(self.lengths), prompt.cache[0].shape[2]
+        self.lengths += [length] * num_rows
+        if not self.cache:
+            self.cache = [part.new_empty(2, self.most_rows, part.shape[1], 0, part.shape[3]) for part in prompt.cache]
+        self._make_room(first, length)
+        for kept, part in zip(self.cache, prompt.cache, strict=True):
+            kept[:, first : len(self.lengths), :, :length] = part.unsqueeze(1)
 
-    def code(self, codes: torch.Tensor, position: int) -> torch.Tensor:
-        """Read one code per row: (N,) to (N, D), the state that predicts the next.
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Let rows go; the last ones move into the gaps.
+
+        Returns: for each row that stays, in the new order, which one it was.
+        """
+        gone, left = set(rows), len(self.lengths) - len(rows)
+        order = list(range(left))
+        movers = [row for row in range(left, len(self.lengths)) if row not in gone]
+        for gap, mover in zip(sorted(row for row in gone if row < left), movers, strict=True):
+            order[gap] = mover
+            for kept in self.cache:
+                kept[:, gap, :, : self.lengths[mover]] = kept[:, mover, :, : self.lengths[mover]]
+        self.lengths = [self.lengths[row] for row in order]
+        return order
+
+    def code(self, codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read one code per row: (R,) to (R, D), the states that predict the next ones.
 
         Args:
             codes: what was drawn.
-            position: place in the mel row; START has 0, so the first code has 1.
+            positions: (R,) places in the mel rows; START has 0, so the first code has 1.
         """
-        row = self.model.mel_embedding(codes) + self.model.mel_pos_embedding.emb.weight[position]
-        return self._advance(row.unsqueeze(1))
+        model, num_rows, longest = self.model, len(self.lengths), max(self.lengths) + 1
+        self._make_room(num_rows, longest)
+        hidden = (model.mel_embedding(codes) + model.mel_pos_embedding.emb(positions)).unsqueeze(1)
+        here, rows = torch.tensor(self.lengths, device=hidden.device), torch.arange(num_rows, device=hidden.device)
+        mask = None
+        if min(self.lengths) + 1 < longest:
+            behind = torch.arange(longest, device=hidden.device) > here.unsqueeze(1)
+            mask = hidden.new_zeros(num_rows, longest).masked_fill(behind, -torch.inf).view(num_rows, 1, 1, longest)
+        for block, kept in zip(model.gpt.h, self.cache, strict=True):
+            query, key, value = self._heads(block.attn, block.ln_1(hidden))
+            kept[0, rows, :, here], kept[1, rows, :, here] = key[:, :, 0], value[:, :, 0]
+            key, value = kept[:, :num_rows, :, :longest]
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            hidden = self._finish(block, hidden, attended)
+        self.lengths = [length + 1 for length in self.lengths]
+        return model.final_norm(model.gpt.ln_f(hidden[:, 0]))
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Keep only these rows, (n,) indices."""
-        self.cache = [kept.index_select(1, rows) for kept in self.cache]
+    def _make_room(self, rows: int, positions: int) -> None:
+        """Room for so many positions; what the first rows hold stays. Zeros, because masked NaNs would still spread."""
+        for index, kept in enumerate(self.cache):
+            room = kept.shape[3]
+            if room < positions:
+                self.cache[index] = kept.new_zeros(*kept.shape[:3], positions + CACHE_BLOCK, kept.shape[4])
+                self.cache[index][:, :rows, :, :room] = kept[:, :rows]
 
-    def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
-        stack = self.model.gpt
-        start, self.length = self.length, self.length + hidden.shape[1]
-        for index, block in enumerate(stack.h):
-            hidden = hidden + self._attend(index, block.attn, block.ln_1(hidden), start)
-            hidden = hidden + block.mlp(block.ln_2(hidden))
-        return self.model.final_norm(stack.ln_f(hidden[:, -1]))
+    def _heads(self, attention: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """(R, positions, D) to queries, keys and values, (3, R, heads, positions, head size)."""
+        heads = attention.c_attn(hidden).view(*hidden.shape[:2], 3, self.model.config.num_heads, -1)
+        return heads.permute(2, 0, 3, 1, 4)
 
-    def _attend(self, index: int, attention: nn.Module, hidden: torch.Tensor, start: int) -> torch.Tensor:
-        rows, positions, width = hidden.shape
-        heads = attention.c_attn(hidden).view(rows, positions, 3, self.model.config.num_heads, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        if start == 0:
-            self.cache.append(torch.stack([key, value]))
-        elif self.cache[index].shape[3] < self.length:  # always so behind a prompt, which rows may share
-            kept = self.cache[index]
-            room = kept.new_empty(*kept.shape[:3], self.length + CACHE_BLOCK, kept.shape[4])
-            room[:, :, :, :start] = kept[:, :, :, :start]
-            self.cache[index] = room
-        if start:
-            self.cache[index][0, :, :, start : self.length] = key
-            self.cache[index][1, :, :, start : self.length] = value
-            key, value = self.cache[index][:, :, :, : self.length]
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=start == 0)
-        return attention.c_proj(attended.transpose(1, 2).reshape(rows, positions, width))
+    def _finish(self, block: nn.Module, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + block.attn.c_proj(attended.transpose(1, 2).reshape(hidden.shape))
+        return hidden + block.mlp(block.ln_2(hidden))
 
 
 @torch.inference_mode()
 def generate_codes(
     model: TortoiseGPT,
-    text_ids: torch.Tensor,
-    conditioning_latent: torch.Tensor,
+    texts: Sequence[torch.Tensor],
+    conditioning_latents: torch.Tensor,
     num_samples: int = 1,
     config: SamplingConfig | None = None,
     *,
@@ -171,83 +229,88 @@ def generate_codes(
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Sample rows of mel codes for one text.
+    """Sample rows of mel codes for each of several texts.
 
     Args:
         model: in evaluation mode.
-        text_ids: (T,) ids with one STOP behind them, as TorToiSe speaks; START and a second STOP are added.
-        conditioning_latent: (1, D) or (D,).
-        num_samples: N. All are made, whatever the batch size.
+        texts: (T,) ids of each with one STOP behind them, as TorToiSe speaks; START and a second STOP are added.
+        conditioning_latents: (B, D), or (1, D) for all texts.
+        num_samples: N, of each text. All are made, whatever the batch size.
         config: how to draw.
-        seed: of the draws.
+        seed: of the draws; sample n of any text is drawn with the same numbers.
         batch_size: rows computed together; None for all. Changes nothing but speed and memory.
         progress: called with the number of rows that just ended.
 
-    Returns: (N, max_codes) int64 on the model's device. From its first STOP on a row holds STOP; START never occurs.
-    Raises: ValueError: if the text or max_codes doesn't fit the model's position tables.
+    Returns: (B, N, max_codes) int64 on the CPU. From its first STOP on a row holds STOP; START never occurs.
+    Raises: ValueError: if a text or max_codes doesn't fit the model's position tables.
     """
     config = config or SamplingConfig()
-    sizes = model.config
-    if text_ids.numel() + 2 > sizes.text_positions:
-        raise ValueError(f"{text_ids.numel()} text ids, of {sizes.text_positions - 2}")
+    sizes, device = model.config, model.mel_head.weight.device
+    for text in texts:
+        if len(text) + 2 > sizes.text_positions:
+            raise ValueError(f"{len(text)} text ids, of {sizes.text_positions - 2}")
     if config.max_codes > sizes.mel_positions:
         raise ValueError(f"max_codes {config.max_codes} is more than the model's {sizes.mel_positions} positions")
-    device = model.mel_head.weight.device
     # Drawn up front and on the CPU, so that every sample has its own numbers on every device.
-    uniform = torch.rand(num_samples, config.max_codes, generator=torch.Generator().manual_seed(seed)).to(device)
-    text_ids = text_ids.to(device).view(1, -1)
-    latent = conditioning_latent.to(device).view(1, -1)
-    prompt = CachedGPT(model)
-    state = prompt.prompt(text_ids, latent)
-    rows = [
-        _sample_batch(model, prompt, state, numbers, config, progress)
-        for numbers in uniform.split(batch_size or num_samples)
-    ]
-    return torch.cat(rows)
+    uniform = torch.rand(num_samples, config.max_codes, generator=torch.Generator().manual_seed(seed))
+    total = len(texts) * num_samples
+    codes = torch.full((total, config.max_codes), sizes.stop_mel_id)
+    decoder = CachedGPT(model, min(batch_size or total, total))
+    prompts = _Prompts(decoder, texts, conditioning_latents.to(device).expand(len(texts), -1))
+    fresh = torch.zeros(1, sizes.mel_vocabulary, dtype=torch.bool, device=device)
+    fresh[:, [PLACEHOLDER_ID, sizes.start_mel_id]] = True
 
+    waiting = 0  # first row of `codes` that hasn't begun
+    # Of each row under way: which row of `codes` it is, how many it has, what came in it, its last state.
+    rows: list[int] = []
+    steps: list[int] = []
+    seen, state = fresh[:0], torch.empty(0, sizes.hidden_size, dtype=model.dtype, device=device)
+    while rows or waiting < total:
+        joining = range(waiting, min(total, waiting + decoder.most_rows - len(rows)))
+        for text, group in groupby(joining, lambda row: row // num_samples):
+            num_rows = len(list(group))
+            prompt = prompts.get(text, joining[-1] // num_samples)
+            decoder.join(prompt, num_rows)
+            state = torch.cat([state, prompt.state.expand(num_rows, -1)])
+        rows, steps, waiting = [*rows, *joining], steps + [0] * len(joining), joining.stop
+        seen = torch.cat([seen, fresh.expand(len(joining), -1)])
 
-def _sample_batch(
-    model: TortoiseGPT,
-    prompt: CachedGPT,
-    state: torch.Tensor,
-    uniform: torch.Tensor,
-    config: SamplingConfig,
-    progress: Callable[[int], None] | None,
-) -> torch.Tensor:
-    sizes = model.config
-    num_rows = len(uniform)
-    codes = torch.full((num_rows, config.max_codes), sizes.stop_mel_id, device=uniform.device)
-    seen = torch.zeros(num_rows, sizes.mel_vocabulary, dtype=torch.bool, device=uniform.device)
-    seen[:, [PLACEHOLDER_ID, sizes.start_mel_id]] = True
-    decoder = CachedGPT(model)
-    decoder.cache, decoder.length = list(prompt.cache), prompt.length
-    decoder.repeat(num_rows)
-    state = state.expand(num_rows, -1)
-    going = torch.arange(num_rows, device=uniform.device)  # row of `codes` that each row of the cache belongs to
-    ended = torch.zeros(num_rows, dtype=torch.bool, device=uniform.device)
-    for step in range(config.max_codes):
-        logits = model.mel_head(state).float()
-        logits = penalize(logits, seen[going], config.repetition_penalty)
+        logits = penalize(model.mel_head(state).float(), seen, config.repetition_penalty)
         logits[:, sizes.start_mel_id] = -torch.inf
-        drawn = draw(logits, config, uniform[going, step])
-        drawn = drawn.masked_fill(ended, sizes.stop_mel_id)
-        codes[going, step] = drawn
-        seen[going, drawn] = True
-        now_ended = drawn == sizes.stop_mel_id
-        num_ended = int(now_ended.sum())
-        if progress is not None and num_ended > int(ended.sum()):
-            progress(num_ended - int(ended.sum()))
-        ended = now_ended
-        if num_ended == len(going) or step + 1 == config.max_codes:
-            break
-        if len(going) - num_ended <= SHRINK_AT * len(going):
-            rest = (~ended).nonzero().squeeze(1)
-            decoder.keep(rest)
-            going, drawn, ended = going[rest], drawn[rest], ended[rest]
-        state = decoder.code(drawn, step + 1)
-    if progress is not None and int((~ended).sum()):
-        progress(int((~ended).sum()))
-    return codes
+        drawn = draw(logits, config, uniform[[row % num_samples for row in rows], steps].to(device))
+        seen.scatter_(1, drawn.unsqueeze(1), True)
+        values = drawn.tolist()  # waits for the device
+        codes[rows, steps] = torch.tensor(values)
+        steps = [step + 1 for step in steps]
+        ended = [
+            index
+            for index, (code, step) in enumerate(zip(values, steps, strict=True))
+            if code == sizes.stop_mel_id or step == config.max_codes
+        ]
+        if ended:
+            order = decoder.leave(ended)
+            rows, steps = [rows[index] for index in order], [steps[index] for index in order]
+            seen, drawn = seen[order], drawn[order]
+            if progress is not None:
+                progress(len(ended))
+        state = decoder.code(drawn, torch.tensor(steps, device=device)) if rows else state[:0]
+    return codes.view(len(texts), num_samples, -1)
+
+
+class _Prompts:
+    """The prompts of texts, asked for in their order: several are read at once, and forgotten when they are past."""
+
+    def __init__(self, decoder: CachedGPT, texts: Sequence[torch.Tensor], latents: torch.Tensor) -> None:
+        self.decoder, self.texts, self.latents = decoder, texts, latents
+        self.known: dict[int, Prompt] = {}
+
+    def get(self, text: int, last: int) -> Prompt:
+        """One text's prompt; those up to `last` will be asked for next."""
+        if text not in self.known:
+            several = slice(text, min(last + 1, text + PROMPTS_AT_ONCE))
+            read = self.decoder.read(self.texts[several], self.latents[several])
+            self.known = dict(enumerate(read, start=text))
+        return self.known[text]
 
 
 def clean_codes(codes: torch.Tensor, stop_mel_id: int) -> torch.Tensor:

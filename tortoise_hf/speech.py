@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,7 @@ from tortoise_hf.audio import (
 from tortoise_hf.errors import UserError
 from tortoise_hf.generation import CLOSING_CODES, SamplingConfig, clean_codes, generate_codes, num_spoken
 from tortoise_hf.latents import VoiceLatents
+from tortoise_hf.models.dvae import FRAMES_PER_CODE
 from tortoise_hf.models.gpt import GPTConfig
 from tortoise_hf.models.vocoder import vocode
 from tortoise_hf.samplers import SAMPLERS, DiffusionSettings, sample_mel
@@ -41,7 +42,10 @@ logger = logging.getLogger(__name__)
 
 RANKED_AT_ONCE = 32
 """Rows of codes that CLVP scores together."""
-FRAMES_PER_CODE = 4
+CPU_CACHE_BYTES = 2_400_000_000
+"""What the keys and values of rows sampled together may take on a CPU: 16 rows at the released size."""
+MOST_ROWS_ON_CPU = 64
+"""Beyond this many rows a CPU samples no faster, however small the model."""
 
 Progress = Callable[[str, int], None]
 """Called with a stage's name and how much of it was just done: samples for "codes", steps for "diffusion"."""
@@ -172,16 +176,21 @@ class Chain:
         return torch.tensor([*self.tokenizer.encode(text, clean_text), self.tokenizer.stop_id])
 
     def sample(
-        self, text_ids: torch.Tensor, latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
+        self,
+        every_ids: Sequence[torch.Tensor],
+        latents: VoiceLatents,
+        preset: Preset,
+        seed: int,
+        progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Text to (N, C) sampled codes on the CPU; STOP from each row's end on."""
+        """Texts to (texts, N, C) sampled codes on the CPU; STOP from each row's end on."""
         report = None if progress is None else lambda ended: progress("codes", ended)
         with self.shelf.use("gpt") as gpt:
-            positions = 3 + len(text_ids) + preset.sampling.max_codes
+            positions = 3 + max(len(ids) for ids in every_ids) + preset.sampling.max_codes
             batch_size = self.batch_size or rows_at_once(self.gpt_config, positions, gpt.dtype, self.shelf)
-            codes = generate_codes(
+            return generate_codes(
                 gpt,
-                text_ids,
+                every_ids,
                 latents.gpt,
                 preset.num_samples,
                 preset.sampling,
@@ -189,7 +198,6 @@ class Chain:
                 batch_size=batch_size,
                 progress=report,
             )
-        return codes.cpu()
 
     @torch.inference_mode()
     def rank(self, text_ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -240,8 +248,7 @@ class Chain:
     ) -> list[torch.Tensor]:
         """What is spoken of each text: the sampled row that CLVP likes best, (C,); STOP from its end on."""
         every_ids = [self.text_ids(text) for text in texts]
-        with self.shelf.use("gpt"):
-            sampled = [self.sample(ids, latents, preset, seed, progress) for ids in every_ids]
+        sampled = self.sample(every_ids, latents, preset, seed, progress)
         best = [0] * len(sampled)
         if preset.num_samples > 1:
             stop = self.gpt_config.stop_mel_id
@@ -336,13 +343,14 @@ class Chain:
 def rows_at_once(config: GPTConfig, positions: int, dtype: torch.dtype, shelf: ModelShelf) -> int:
     """Rows of so many positions to sample together.
 
-    16 on a CPU, 4 where memory is short, on a GPU what half of its free memory holds. Keys and values take 147 MB per
-    row at the released size and 600 positions, in float32.
+    As many as `CPU_CACHE_BYTES` holds on a CPU, a quarter of that where memory is short, on a GPU what half of its free
+    memory holds. Keys and values take 147 MB per row at the released size and 600 positions, in float32.
     """
-    if shelf.device.type != "cuda":
-        return 4 if shelf.low_memory else 16
     bytes_per_row = 2 * config.num_layers * config.hidden_size * positions * dtype.itemsize
-    # Growing and shrinking the cache holds one layer of it twice.
+    if shelf.device.type != "cuda":
+        fitting = CPU_CACHE_BYTES // (4 if shelf.low_memory else 1) // bytes_per_row
+        return max(1, min(MOST_ROWS_ON_CPU, fitting))
+    # Growing the cache holds one layer of it twice.
     free = torch.cuda.mem_get_info(shelf.device)[0] / 2 / (1 + 1 / config.num_layers)
     return max(1, int(free / bytes_per_row))
 
