@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from base_domain import SLOTS, TEMPLATES, draw_sentences, grammar, spoken_words, write_out
@@ -86,3 +87,16 @@ def test_every_slot_is_used_and_holds_no_value_twice():
     assert {slot for template in TEMPLATES for slot in re.findall(r"\{(\w+)\}", template)} == set(SLOTS)
     for values in SLOTS.values():
         assert len({spoken_words(write_out(value)) for value in values}) == len(values)
+
+
+def test_the_recognizer_knows_every_word_of_the_grammar():
+    pocketsphinx = pytest.importorskip("pocketsphinx")
+    dictionary = Path(pocketsphinx.get_model_path("en-us/cmudict-en-us.dict")).read_text(encoding="utf-8")
+    known = {line.split()[0] for line in dictionary.splitlines()}
+    words = {
+        word
+        for text in (*(value for values in SLOTS.values() for value in values), *TEMPLATES)
+        for word in spoken_words(write_out(re.sub(r"\{\w+\}", "", text).strip()))
+    }
+    assert len(words) > 250
+    assert words <= known
