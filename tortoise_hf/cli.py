@@ -9,8 +9,9 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 import jsonargparse
 
@@ -35,16 +36,22 @@ SECTIONS = {
 }
 
 
+AnyConfig = TypeVar("AnyConfig")
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in a sentence, without the page of usage."""
 
+    sections: Mapping[str, type] = {}
+    """Names and classes of the settings it offers."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and leave with exit code 2."""
-        print(f"error: {_tidy(message)}\nSee --help for all settings.", file=sys.stderr)
+        print(f"error: {_tidy(message, self.sections)}\nSee --help for all settings.", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _tidy(message: str) -> str:
+def _tidy(message: str, sections: Mapping[str, type]) -> str:
     """The parser's message in one line, in words a user knows, with a suggestion for a mistyped key."""
     text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
     text = text.removeprefix("Parser key ").removeprefix("Problem in default config file ")
@@ -61,25 +68,31 @@ def _tidy(message: str) -> str:
         text = f"{key}: {expected}, got {value}"
     unknown = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", text)
     if unknown:
-        return f"{unknown[1]}.{unknown[2]} is not a setting{_suggest(f'{unknown[1]}.{unknown[2]}')}"
+        return f"{unknown[1]}.{unknown[2]} is not a setting{_suggest(f'{unknown[1]}.{unknown[2]}', sections)}"
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", text) or re.search(r"[Oo]ption '([\w.]+)'", text)
     if unknown:
-        return f"{unknown[1]} is not a setting{_suggest(unknown[1])}"
+        return f"{unknown[1]} is not a setting{_suggest(unknown[1], sections)}"
     required = re.search(r"the following arguments are required: (.*)", text)
     if required:
         return f"{required[1]}: not set; give a value in a --config file or as a flag."
     return text
 
 
-def _suggest(key: str) -> str:
+def _suggest(key: str, sections: Mapping[str, type]) -> str:
     """The nearest setting's name, as the end of a sentence."""
-    known = [f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
-    nearest = difflib.get_close_matches(key, [*known, *SECTIONS], n=1)
+    known = [f"{name}.{field.name}" for name, section in sections.items() for field in dataclasses.fields(section)]
+    nearest = difflib.get_close_matches(key, [*known, *sections], n=1)
     return f"; did you mean {nearest[0]}?" if nearest else "."
 
 
-def build_parser(description: str) -> jsonargparse.ArgumentParser:
-    """Parser with a `--config` and a `--section.key` flag for every setting."""
+def build_parser(description: str, config_class: type = Config) -> jsonargparse.ArgumentParser:
+    """Parser with a `--config` and a `--section.key` flag for every setting.
+
+    Args:
+        description: what `--help` begins with.
+        config_class: dataclass whose fields are sections, dataclasses as well. A field's metadata may name settings of
+            its section, as `hidden`, that aren't offered.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         description=description,
@@ -92,9 +105,17 @@ def build_parser(description: str) -> jsonargparse.ArgumentParser:
         action="config",
         help="YAML file with settings; may be given several times, later files and flags win.",
     )
-    for name, section in SECTIONS.items():
-        parser.add_class_arguments(section, name)
+    parser.sections = sections_of(config_class)
+    hidden = {field.name: set(field.metadata.get("hidden", ())) for field in dataclasses.fields(config_class)}
+    for name, section in parser.sections.items():
+        parser.add_class_arguments(section, name, skip=hidden[name])
     return parser
+
+
+def sections_of(config_class: type) -> dict[str, type]:
+    """Sections of a config by name, in order."""
+    types = typing.get_type_hints(config_class)
+    return {field.name: types[field.name] for field in dataclasses.fields(config_class)}
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
@@ -104,17 +125,17 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
         super().__init__(prog, width=110, max_help_position=32)
 
 
-def load_config(argv: Sequence[str] | None, description: str) -> Config:
-    """Settings out of command-line arguments (`None`: the process's own).
+def load_config(argv: Sequence[str] | None, description: str, config_class: type[AnyConfig] = Config) -> AnyConfig:
+    """Settings out of command-line arguments (`None`: the process's own), as a `config_class` (see `build_parser`).
 
     Raises:
         SystemExit: with code 2 after one sentence on stderr, if a key, type or value is wrong; 0 after `--help`.
     """
-    parser = build_parser(description)
+    parser = build_parser(description, config_class)
     values = parser.parse_args(argv)
     try:
         sections = parser.instantiate(values)
-        return Config(**{name: getattr(sections, name) for name in SECTIONS})
+        return config_class(**{name: getattr(sections, name) for name in parser.sections})
     except ValueError as error:  # a range check of config.py
         parser.error(str(error))
 

@@ -7,13 +7,15 @@ import yaml
 from conftest import REPOSITORY
 
 from tortoise_hf.cli import load_config
+from tortoise_hf.config import Config
+from tortoise_hf.dvae_config import DVAERunConfig
 
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_it_loads(path):
-    cfg = load_config(["--config", str(path)], "x")
+    cfg = load_config(["--config", str(path)], "x", DVAERunConfig if "dvae" in path.stem else Config)
     for section, values in yaml.safe_load(path.read_text()).items():
         for name, value in values.items():
             assert getattr(getattr(cfg, section), name) == value, f"{section}.{name}"

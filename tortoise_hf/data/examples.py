@@ -50,6 +50,8 @@ CLIP_FEATURES = Features(
         "mel_codes": List(Value("int16")),  # (C,)
     }
 )
+MEL_FEATURES = Features({name: CLIP_FEATURES[name] for name in ("status", "detail", "num_samples", "mel")})
+"""Of clips without codes; there the mel isn't normalised."""
 TEXT_FEATURES = Features(
     {
         "cleaned": Value("string"),
@@ -75,6 +77,11 @@ class EncodedClip(NamedTuple):
 _NOTHING = EncodedClip(np.zeros(0, np.float16), np.zeros(0, np.float16), np.zeros(0, np.int16))
 
 
+def num_frames(num_samples: int) -> int:
+    """Mel frames of a clip of so many samples at 22 050 Hz, up to the first that hears only the silence behind it."""
+    return (num_samples + FFT_SIZE // 2) // HOP_LENGTH + 1
+
+
 def clip_key(path: str) -> str:
     """Key of a recording: its path, size and time of change. The file isn't opened.
 
@@ -85,37 +92,30 @@ def clip_key(path: str) -> str:
     return make_key(path, status.st_size, status.st_mtime_ns)
 
 
-class ClipEncoder:
-    """Makes the records of recordings. Can be pickled; a worker process then loads the DVAE by itself."""
+class ClipReader:
+    """Decodes recordings and makes records of those within the limits. Can be pickled.
 
-    def __init__(
-        self,
-        dvae: DVAE | Callable[[], DVAE],
-        mel_norms: torch.Tensor,
-        min_samples: int,
-        max_samples: int,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        """Set up; nothing is loaded yet.
+    What is kept of a clip is up to the `encode` of a subclass.
+    """
 
-        Args:
-            dvae: the module, or a function that loads it. With several processes give a function, or each process is
-                sent the weights.
-            mel_norms: (80,) divisors of the mel spectrogram.
-            min_samples: shortest clip encoded, in samples at 22 050 Hz.
-            max_samples: longest.
-            device: where to compute.
-        """
-        self.dvae = dvae
-        self.mel_norms = mel_norms.detach().cpu()
+    device: str | torch.device = "cpu"
+    """Where `encode` computes."""
+
+    def __init__(self, min_samples: int, max_samples: int) -> None:
+        """Set the limits: shortest and longest clip encoded, in samples at 22 050 Hz."""
         self.min_samples = min_samples
         self.max_samples = max_samples
-        self.device = device
         self._main_process = os.getpid()
-        self._networks: tuple[LogMel, DVAE] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_networks": None}
+    def encode(self, waveform: torch.Tensor) -> EncodedClip:
+        """What is kept of one clip, (S,) at 22 050 Hz."""
+        raise NotImplementedError
+
+    def share_cores(self) -> None:
+        """In a worker process, compute with one thread."""
+        if os.getpid() != self._main_process:
+            # The processes share the cores already, and torch's threads don't survive a fork.
+            torch.set_num_threads(1)
 
     def skipped_key(self, key: str) -> str:
         """Key of the note that a clip was too short or too long; other limits need another look."""
@@ -144,6 +144,49 @@ class ClipEncoder:
             else:
                 yield _record(self.skipped_key(key), "skipped", "", len(waveform))
 
+
+class MelReader(ClipReader):
+    """Keeps the log-mel alone, not normalised; records with `MEL_FEATURES`."""
+
+    @torch.no_grad()
+    def encode(self, waveform: torch.Tensor) -> EncodedClip:
+        """Log-mel of one clip as if endless silence followed it."""
+        self.share_cores()
+        padded = torch.nn.functional.pad(waveform, (0, 2 * FFT_SIZE))
+        mel = LogMel()(padded)[0, :, : num_frames(len(waveform))]
+        return _NOTHING._replace(mel=mel.T.half().numpy())
+
+
+class ClipEncoder(ClipReader):
+    """Keeps mel spectrogram and codes. A worker process loads the DVAE by itself."""
+
+    def __init__(
+        self,
+        dvae: DVAE | Callable[[], DVAE],
+        mel_norms: torch.Tensor,
+        min_samples: int,
+        max_samples: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Set up; nothing is loaded yet.
+
+        Args:
+            dvae: the module, or a function that loads it. With several processes give a function, or each process is
+                sent the weights.
+            mel_norms: (80,) divisors of the mel spectrogram.
+            min_samples: shortest clip encoded, in samples at 22 050 Hz.
+            max_samples: longest.
+            device: where to compute.
+        """
+        super().__init__(min_samples, max_samples)
+        self.dvae = dvae
+        self.mel_norms = mel_norms.detach().cpu()
+        self.device = device
+        self._networks: tuple[LogMel, DVAE] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_networks": None}
+
     @torch.no_grad()
     def encode(self, waveform: torch.Tensor) -> EncodedClip:
         """Mel spectrogram and codes of one clip as if endless silence followed it.
@@ -153,27 +196,23 @@ class ClipEncoder:
         """
         log_mel, dvae = self._load()
         count = num_codes(len(waveform))
-        # The last code kept sees this many codes' worth of frames to its right; there is silence as far as it sees.
-        reach = (2 * dvae.config.num_resnet_blocks + 2) * (dvae.config.kernel_size // 2)
-        padded = torch.zeros((count + reach) * SAMPLES_PER_CODE, device=self.device)
+        # There is silence as far as the last code kept sees.
+        padded = torch.zeros((count + dvae.config.reach) * SAMPLES_PER_CODE, device=self.device)
         padded[: len(waveform)] = waveform.to(self.device)
         mel = log_mel(padded)
         codes = dvae.encode(mel)[0, :count]
-        num_frames = (len(waveform) + FFT_SIZE // 2) // HOP_LENGTH + 1
         cut_samples = CUT_FRAMES * HOP_LENGTH
         num_cuts = max(1, len(waveform) // cut_samples)
         cuts = log_mel(padded[: num_cuts * cut_samples].view(num_cuts, cut_samples))[:, :, :MIRRORED_FRAMES]
         return EncodedClip(
-            mel[0, :, :num_frames].T.half().cpu().numpy(),
+            mel[0, :, : num_frames(len(waveform))].T.half().cpu().numpy(),
             cuts.transpose(1, 2).half().cpu().numpy(),
             codes.cpu().numpy().astype(np.int16),
         )
 
     def _load(self) -> tuple[LogMel, DVAE]:
         if self._networks is None:
-            if os.getpid() != self._main_process:
-                # The processes share the cores already, and torch's threads don't survive a fork.
-                torch.set_num_threads(1)
+            self.share_cores()
             dvae = self.dvae if isinstance(self.dvae, torch.nn.Module) else self.dvae()
             assert dvae.config.num_codes <= 1 << 15, "codes are stored in 16 bits"
             self._networks = LogMel(self.mel_norms).to(self.device), dvae.to(self.device).eval()

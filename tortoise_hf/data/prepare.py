@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from tortoise_hf.audio import SAMPLE_RATE, num_codes
 from tortoise_hf.config import DataConfig
@@ -27,6 +28,7 @@ from tortoise_hf.data.examples import (
     TEXT_FEATURES,
     TEXTS_VERSION,
     ClipEncoder,
+    ClipReader,
     TextEncoder,
     clip_key,
     join_examples,
@@ -82,21 +84,31 @@ def prepare_dataset(
         UserError: if the data can't be read, no clip is usable, or a file is missing and `cfg.missing` is error.
     """
     raw = raw or read_rows(cfg)
-    rows = _Rows(raw)
+    rows = Rows(raw)
     if cfg.missing == "error":
         rows.refuse_missing_files()
     rows.drop_what_the_reader_marked()
     texts = _encode_texts(rows, cfg, tokenizer, show_progress)
     rows.drop_texts(texts, cfg.max_text_ids)
-    min_samples = math.ceil(cfg.min_seconds * SAMPLE_RATE - 1e-6)  # 0.6 s are 13 230 samples, not 13 231
+    min_samples = least_samples(cfg)
     encoder = ClipEncoder(dvae, mel_norms, min_samples, cfg.max_samples, device)
-    clips = _encode_clips(rows, cfg, encoder, dvae_fingerprint, show_progress)
+    settings = {
+        "version": CLIPS_VERSION,
+        "dvae": dvae_fingerprint,
+        "mel_norms": make_key(encoder.mel_norms.float().numpy().tobytes().hex()),
+    }
+    clips = encode_clips(rows, cfg, encoder, settings, CLIP_FEATURES, show_progress)
     rows.drop_clips(clips, min_samples, cfg.max_samples)
     rows.report.require_kept()
-    return _finish(rows, raw, cfg, texts, clips)
+    return _finish(rows, cfg, texts, clips)
 
 
-class _Rows:
+def least_samples(cfg: DataConfig) -> int:
+    """Samples at 22 050 Hz of the shortest clip kept."""
+    return math.ceil(cfg.min_seconds * SAMPLE_RATE - 1e-6)  # 0.6 s are 13 230 samples, not 13 231
+
+
+class Rows:
     """All rows of all lists, which of them are still in the race, and the report of those that aren't."""
 
     def __init__(self, raw: RawData) -> None:
@@ -107,6 +119,7 @@ class _Rows:
         self.clip_ids, self.texts, self.speakers = columns["clip_id"], columns["text"], columns["speaker"]
         self.paths, self.numbers, self.lists = columns["audio_path"], columns["row"], columns["list_name"]
         self.problems, self.details = columns["problem"], columns["detail"]
+        self.has_eval_list = raw.eval is not None
         self.held_out = np.arange(len(self.texts)) >= len(raw.train)
         self.alive = np.ones(len(self.texts), dtype=bool)
         self.report = DatasetReport(
@@ -117,14 +130,34 @@ class _Rows:
         """Rows still in the race."""
         return np.flatnonzero(self.alive)
 
+    def split(self, cfg: DataConfig, texts: Sequence[str], seconds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        """(training, evaluation) positions among the kept rows, given their texts and durations."""
+        if self.has_eval_list:
+            held_out = self.held_out[self.kept()]
+            return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        train, held_out = split_rows(
+            texts,
+            seconds,
+            eval_fraction=cfg.eval_fraction,
+            min_clips=cfg.min_eval_clips,
+            max_clips=cfg.max_eval_clips,
+        )
+        return np.array(train, dtype=np.int64), np.array(held_out, dtype=np.int64)
+
     def where(self, row: int) -> str:
+        """Where a row stands, in words."""
         return f"{self.lists[row]} {self.report.row_word} {self.numbers[row]}"
 
     def drop(self, row: int, reason: str, detail: str) -> None:
+        """Leave a row out and report why."""
         self.alive[row] = False
         self.report.drop(reason, RowProblem(self.lists[row], self.numbers[row], self.clip_ids[row], detail))
 
     def refuse_missing_files(self) -> None:
+        """Stop if a recording isn't there.
+
+        Raises: UserError: naming the first.
+        """
         missing = [row for row, problem in enumerate(self.problems) if problem == "missing_file"]
         if missing:
             row, total = missing[0], self.report.total
@@ -134,6 +167,7 @@ class _Rows:
             )
 
     def drop_what_the_reader_marked(self) -> None:
+        """Leave out rows without a usable recording or text, and doubles."""
         seen: dict[tuple[bool, str, str], int] = {}
         for row, (problem, detail) in enumerate(zip(self.problems, self.details, strict=True)):
             if problem:
@@ -149,6 +183,7 @@ class _Rows:
                     self.drop(row, "empty_text", "has no text")
 
     def drop_texts(self, texts: Found, max_text_ids: int) -> None:
+        """Leave out rows whose text can't be used."""
         if texts.records is None:
             return
         table = texts.records.data
@@ -163,6 +198,7 @@ class _Rows:
                 self.drop(row, "too_many_text_ids", f"{lengths[record]} text ids, at most {max_text_ids} are kept")
 
     def drop_clips(self, clips: Found, min_samples: int, max_samples: int) -> None:
+        """Leave out rows whose recording can't be used or is too short or too long."""
         kept = self.kept()
         if clips.records is not None:
             table = clips.records.data
@@ -183,7 +219,7 @@ class _Rows:
                 self.drop(row, "too_long", f"{found:.2f} s, at most {most:.2f} s are kept")
 
 
-def _encode_texts(rows: _Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_progress: bool) -> Found:
+def _encode_texts(rows: Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_progress: bool) -> Found:
     """Text records of all rows (-1 for rows that are out already)."""
     name = make_key(TEXTS_VERSION, tokenizer.fingerprint, rows.root or cfg.root)
     store = ShardStore(Path(cfg.cache_dir).expanduser() / "texts" / name, TEXT_FEATURES)
@@ -204,42 +240,46 @@ def _encode_texts(rows: _Rows, cfg: DataConfig, tokenizer: TextTokenizer, show_p
     return found
 
 
-def _encode_clips(
-    rows: _Rows, cfg: DataConfig, encoder: ClipEncoder, dvae_fingerprint: str, show_progress: bool
+def encode_clips(
+    rows: Rows, cfg: DataConfig, reader: ClipReader, settings: dict[str, Any], features: Features, show_progress: bool
 ) -> Found:
-    """Clip records of all rows (-1 for rows that are out already, and for files that can't be opened)."""
-    settings = {
-        "version": CLIPS_VERSION,
-        "dvae": dvae_fingerprint,
-        "mel_norms": make_key(encoder.mel_norms.float().numpy().tobytes().hex()),
-        "resampler": RESAMPLER,
-        "root": str(rows.root or cfg.root),
-    }
-    folder = Path(cfg.cache_dir).expanduser() / "clips" / make_key(*settings.values())
-    store = ShardStore(folder, CLIP_FEATURES)
+    """Clip records of all rows (-1 for rows that are out already, and for files that can't be opened).
+
+    Args:
+        rows: those still in the race are encoded, if they aren't stored yet.
+        cfg: where the store lies, and how many processes fill it.
+        reader: makes the records.
+        settings: all that the records of every clip are made with; they name the store.
+        features: columns of a record; the store of each kind lies in a folder of its own.
+        show_progress: show a progress bar.
+    """
+    settings = {**settings, "resampler": RESAMPLER, "root": str(rows.root or cfg.root)}
+    kind = "clips" if features == CLIP_FEATURES else "mels"
+    folder = Path(cfg.cache_dir).expanduser() / kind / make_key(*settings.values())
+    store = ShardStore(folder, features)
     keys = [_key_or_none(rows.paths[row]) if alive else "" for row, alive in enumerate(rows.alive)]
-    found = _find_clips(store, encoder, keys)
+    found = _find_clips(store, reader, keys)
     missing = {keys[row]: rows.paths[row] for row in rows.kept() if keys[row] and found.rows[row] < 0}
     if missing:
-        num_proc = cfg.num_proc if torch.device(encoder.device).type == "cpu" else 1
+        num_proc = cfg.num_proc if torch.device(reader.device).type == "cpu" else 1
         fill(
             store,
             list(missing),
             list(missing.values()),
-            encoder,
+            reader,
             "Encoding clips",
             num_proc=num_proc,
             show_progress=show_progress,
         )
         if folder.is_dir():  # for people: what this folder's name stands for
             (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        found = _find_clips(store, encoder, keys)
+        found = _find_clips(store, reader, keys)
     return found
 
 
-def _find_clips(store: ShardStore, encoder: ClipEncoder, keys: Sequence[str]) -> Found:
+def _find_clips(store: ShardStore, reader: ClipReader, keys: Sequence[str]) -> Found:
     """Records of the clips, or the notes that they are outside the limits."""
-    both = store.find([*keys, *(encoder.skipped_key(key) for key in keys)])
+    both = store.find([*keys, *(reader.skipped_key(key) for key in keys)])
     records, notes = np.split(both.rows, 2)
     return Found(both.records, np.where(records >= 0, records, notes))
 
@@ -260,7 +300,7 @@ def _why_unreadable(path: str) -> str:
     return "changed while it was read; run again"
 
 
-def _finish(rows: _Rows, raw: RawData, cfg: DataConfig, texts: Found, clips: Found) -> Prepared:
+def _finish(rows: Rows, cfg: DataConfig, texts: Found, clips: Found) -> Prepared:
     """Put the kept rows together, split them, complete the report."""
     kept, report = rows.kept(), rows.report
     texts, clips = Found(texts.records, texts.rows[kept]), Found(clips.records, clips.rows[kept])
@@ -276,16 +316,8 @@ def _finish(rows: _Rows, raw: RawData, cfg: DataConfig, texts: Found, clips: Fou
     }
     examples = join_examples(columns, texts, clips)
     seconds = (num_samples / SAMPLE_RATE).tolist()
-    if raw.eval is None:
-        train, held_out = split_rows(
-            cleaned,
-            seconds,
-            eval_fraction=cfg.eval_fraction,
-            min_clips=cfg.min_eval_clips,
-            max_clips=cfg.max_eval_clips,
-        )
-    else:
-        train, held_out = np.flatnonzero(~rows.held_out[kept]), np.flatnonzero(rows.held_out[kept])
+    train, held_out = rows.split(cfg, cleaned, seconds)
+    if rows.has_eval_list:
         _warn_of_shared_texts(report, [cleaned[i] for i in train], [cleaned[i] for i in held_out])
     report.count_kept(seconds, speakers)
     report.num_train, report.num_eval = len(train), len(held_out)

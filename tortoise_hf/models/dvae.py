@@ -43,6 +43,11 @@ class DVAEConfig(PreTrainedConfig):
     num_resnet_blocks: int = 3
     kernel_size: int = 3
 
+    @property
+    def reach(self) -> int:
+        """Codes' worth of frames that a code sees to its left and right, at most."""
+        return (2 * self.num_resnet_blocks + 2) * (self.kernel_size // 2)
+
 
 class ResidualBlock(nn.Module):
     """Input plus two convolutions and a pointwise one, with ReLU between them; (B, channels, F) to the same."""
