@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tortoise_hf.config import CallbackConfig, Config, DataConfig, HubConfig, ModelConfig, OptimConfig, TrainingConfig
+from tortoise_hf.config import (
+    CallbackConfig,
+    Config,
+    DataConfig,
+    HubConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplesConfig,
+    TrainingConfig,
+)
 
 # Some tests fork. OpenMP's threads don't survive that, and a forked process would wait for them forever; with one there
 # is none to lose. Set before torch is imported; programs that tests start inherit it.
@@ -59,7 +68,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
     sections = {"data": {"root": "x"}, "model": {"gradient_checkpointing": False}}
     sections["optim"] = {"learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_steps": 0}
     sections["callbacks"] = {"early_stopping_patience": 0}
-    sections["hub"] = {}
+    sections["samples"], sections["hub"] = {}, {}
     sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
     sections["training"] |= {"eval_batch_size": 8, "num_train_epochs": 20}
     sections["training"] |= {"logging_steps": 10, "eval_steps": 50, "save_steps": 50}
@@ -72,6 +81,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
         optim=OptimConfig(**sections["optim"]),
         training=TrainingConfig(**sections["training"]),
         callbacks=CallbackConfig(**sections["callbacks"]),
+        samples=SamplesConfig(**sections["samples"]),
         hub=HubConfig(**sections["hub"]),
     )
 

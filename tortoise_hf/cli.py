@@ -22,6 +22,7 @@ from tortoise_hf.config import (
     HubConfig,
     ModelConfig,
     OptimConfig,
+    SamplesConfig,
     TrainingConfig,
 )
 from tortoise_hf.errors import Interrupted, UserError
@@ -32,6 +33,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "training": TrainingConfig,
     "callbacks": CallbackConfig,
+    "samples": SamplesConfig,
     "hub": HubConfig,
 }
 

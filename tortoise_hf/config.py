@@ -1,8 +1,8 @@
 """Everything a user can set: its meaning, its unit and its default.
 
-Six sections (`data`, `model`, `optim`, `training`, `callbacks`, `hub`) of frozen dataclasses. `cli.py` fills them from
-YAML files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is chosen by the plan
-(`plan.py`). Only the standard library is imported here.
+Seven sections (`data`, `model`, `optim`, `training`, `callbacks`, `samples`, `hub`) of frozen dataclasses. `cli.py`
+fills them from YAML files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is
+chosen by the plan (`plan.py`). Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -309,6 +309,27 @@ class CallbackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """What the run lets be heard of itself: a few sentences, spoken roughly with the GPT and the DVAE alone."""
+
+    enabled: bool = True
+    """Speak before the first step and at every evaluation, into output_dir/samples, with a page to look and listen.
+    Evaluations are passed over where speaking would take more than a tenth of the run's time."""
+    texts: tuple[str, ...] | None = None
+    """Sentences to speak; where a clip says one of them, its recording is played beside. Left out: what num_texts clips
+    of medium length say that are kept back from training."""
+    num_texts: int = 3
+    """Sentences chosen where texts is left out."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        _require(1 <= self.num_texts <= 20, f"samples.num_texts must lie between 1 and 20, got {self.num_texts}")
+        for text in self.texts or ():
+            _require(any(map(str.isalnum, text)), f"samples.texts must hold sentences, got {text!r}")
+        _require(self.texts is None or 1 <= len(self.texts) <= 20, "samples.texts must hold 1 to 20 sentences")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HubConfig:
     """Whether and how the voice goes to the Hugging Face Hub. The token comes from `hf auth login` or HF_TOKEN."""
 
@@ -354,6 +375,7 @@ class Config:
     optim: OptimConfig
     training: TrainingConfig
     callbacks: CallbackConfig
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
     def to_dict(self) -> dict[str, Any]:
@@ -361,6 +383,8 @@ class Config:
         values = dataclasses.asdict(self)
         if self.optim.milestones is not None:
             values["optim"]["milestones"] = list(self.optim.milestones)
+        if self.samples.texts is not None:
+            values["samples"]["texts"] = list(self.samples.texts)
         return values
 
     def get(self, key: str) -> Any:

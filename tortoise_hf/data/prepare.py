@@ -47,8 +47,9 @@ from tortoise_hf.text import TextTokenizer
 class Prepared:
     """A dataset ready for training.
 
-    Columns of the examples: clip_id, speaker, text (as written), num_positions (see `count_positions`), text_ids,
-    num_samples (at 22 050 Hz), and mel, mel_cuts and mel_codes as in `EncodedClip`, flattened.
+    Columns of the examples: clip_id, speaker, text (as written), audio_path (of the recording, which may be gone by the
+    time somebody looks), num_positions (see `count_positions`), text_ids, num_samples (at 22 050 Hz), and mel, mel_cuts
+    and mel_codes as in `EncodedClip`, flattened.
     """
 
     train: Dataset
@@ -312,6 +313,7 @@ def _finish(rows: Rows, cfg: DataConfig, texts: Found, clips: Found) -> Prepared
         "clip_id": [rows.clip_ids[row] for row in kept],
         "speaker": speakers,
         "text": [rows.texts[row] for row in kept],
+        "audio_path": [rows.paths[row] for row in kept],
         "num_positions": count_positions(num_text_ids, num_codes(num_samples)),
     }
     examples = join_examples(columns, texts, clips)

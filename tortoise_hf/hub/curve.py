@@ -5,6 +5,7 @@ Drawn with Pillow, which is a tenth of matplotlib with all it brings along, so e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,13 @@ def draw_curve(log_history: Sequence[dict[str, Any]], path: Path) -> bool:
         x += 165 * _SCALE
     image.resize(SIZE, Image.Resampling.LANCZOS).save(path, optimize=True)
     return True
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Entries of a run's log file; a last line that isn't whole yet is left out. Empty if there is no such file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def nice_spacing(extent: float) -> float:
