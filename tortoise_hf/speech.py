@@ -356,7 +356,7 @@ def rows_at_once(config: GPTConfig, positions: int, dtype: torch.dtype, shelf: M
 
 
 @torch.no_grad()
-def griffin_lim(log_mel: torch.Tensor, seed: int = 0, iterations: int = 60) -> torch.Tensor:
+def griffin_lim(log_mel: torch.Tensor, seed: int = 0, iterations: int = 32) -> torch.Tensor:
     """Waveform of a (80, F) log-mel of 22,050 Hz audio, not normalised, without any model: (S,) in [-1, 1].
 
     The phases are guessed, so it sounds hollow.
