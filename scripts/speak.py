@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from tortoise_hf.cli import run
@@ -59,6 +58,7 @@ def speak(args: argparse.Namespace) -> None:
     """Torch loads only here, so `--help` answers at once."""
     import torch
 
+    from tortoise_hf.progress import progress_bar
     from tortoise_hf.speech import choose_preset
     from tortoise_hf.voice import Voice, check_kind, write_speeches
 
@@ -107,20 +107,6 @@ def read_text(args: argparse.Namespace) -> str:
     if args.text in (None, "-"):
         return sys.stdin.read()
     return args.text
-
-
-@contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Counts finished samples and diffusion steps on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="step", disable=not sys.stderr.isatty()) as bar:
-
-        def report(stage: str, done: int) -> None:
-            bar.set_description(stage, refresh=False)
-            bar.update(done)
-
-        yield report
 
 
 if __name__ == "__main__":
