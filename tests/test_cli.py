@@ -106,7 +106,7 @@ def test_user_errors_become_a_sentence_and_exit_code_1(capsys):
     assert capsys.readouterr().err == "error: the folder is empty\n"
 
 
-@pytest.mark.parametrize("script", ["train.py", "prepare.py", "export.py"])
+@pytest.mark.parametrize("script", ["train.py", "prepare.py", "export.py", "train_dvae.py"])
 def test_help_answers_quickly(script, repository):
     start = time.perf_counter()
     done = subprocess.run(

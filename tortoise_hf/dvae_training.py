@@ -42,6 +42,7 @@ FITTING_BATCHES = 16
 REVIVAL_END = 0.8
 """Share of the run after which no code is moved any more, so that decoder and codebook settle."""
 MIN_LR_RATIO = 0.02
+"""The last learning rate, as a share of the first."""
 
 
 class Reconstruction(nn.Module):
@@ -128,14 +129,13 @@ class _Meter:
             self.counts = found if self.counts is None else self.counts + found
 
     def logs(self, accelerator: Accelerator, learning_rate: float) -> dict[str, float]:
-        """Means over the interval and over processes, as plain numbers; begins the next interval."""
+        """Means over the interval and over processes, as plain numbers."""
         reconstruction, commitment = (accelerator.reduce(self.sums, "sum") / self.steps).tolist()
         logs = {"loss": reconstruction, "commitment_loss": commitment, "learning_rate": learning_rate}
         if self.counts is not None:
             counts = accelerator.reduce(self.counts, "sum")
             logs |= {"perplexity": perplexity(counts), "codes_used": int((counts > 0).sum())}
         logs["steps_per_second"] = self.steps / max(1e-9, time.perf_counter() - self.started)
-        self.__init__()
         return logs
 
 
@@ -218,6 +218,7 @@ class DVAETrainer:
             control = events.on_step_end(args, state, control)
             if control.should_log:
                 self._record(meter.logs(self.accelerator, self.lr_scheduler.get_last_lr()[0]), events, control)
+                meter = _Meter()
             if (control.should_evaluate or state.global_step == args.max_steps) and len(self.held_out):
                 control = self._evaluate(events, control)
             if control.should_save:

@@ -1,4 +1,6 @@
-"""The discrete VAE that turns a mel spectrogram into codes, one for four frames. It is used as released, never trained.
+"""The discrete VAE that turns a mel spectrogram into codes, one for four frames.
+
+A run uses it as its base holds it; only `dvae_training.py` trains one.
 
 Architecture and key names are those of the released ``dvae.pth``; with the default configuration every number below is
 read off that file's shapes. Layout: two stride-2 convolutions and three residual blocks lead to ``codebook_dim``
@@ -80,7 +82,7 @@ class Upsample(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The code vectors, as columns. The two statistics that training kept beside them are carried, never used."""
+    """The code vectors, as columns, and the two averages of which training makes them (see `codebook.py`)."""
 
     def __init__(self, dim: int, num_codes: int) -> None:
         super().__init__()
