@@ -15,30 +15,20 @@ from typing import NoReturn, TypeVar
 
 import jsonargparse
 
-from tortoise_hf.config import (
-    CallbackConfig,
-    Config,
-    DataConfig,
-    HubConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplesConfig,
-    TrainingConfig,
-)
+from tortoise_hf.config import Config
 from tortoise_hf.errors import Interrupted, UserError
 
-SECTIONS = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optim": OptimConfig,
-    "training": TrainingConfig,
-    "callbacks": CallbackConfig,
-    "samples": SamplesConfig,
-    "hub": HubConfig,
-}
-
-
 AnyConfig = TypeVar("AnyConfig")
+
+
+def sections_of(config_class: type) -> dict[str, type]:
+    """Sections of a config by name, in order."""
+    types = typing.get_type_hints(config_class)
+    return {field.name: types[field.name] for field in dataclasses.fields(config_class)}
+
+
+SECTIONS = sections_of(Config)
+"""Of a fine-tuning run's settings."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -112,12 +102,6 @@ def build_parser(description: str, config_class: type = Config) -> jsonargparse.
     for name, section in parser.sections.items():
         parser.add_class_arguments(section, name, skip=hidden[name])
     return parser
-
-
-def sections_of(config_class: type) -> dict[str, type]:
-    """Sections of a config by name, in order."""
-    types = typing.get_type_hints(config_class)
-    return {field.name: types[field.name] for field in dataclasses.fields(config_class)}
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
