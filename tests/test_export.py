@@ -83,6 +83,17 @@ def test_folder_holds_everything_and_names_it(model, files, tmp_path):
     assert "0.0e+00" in report.summary()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+def test_files_may_be_read_as_the_umask_says(model, files, tmp_path):
+    before = os.umask(0o027)
+    try:
+        do_export(model, tmp_path / "out", files)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, 0o640)
+
+
 def test_both_weight_files_hold_the_trained_weights(model, files, tmp_path):
     do_export(model, tmp_path, files)
     expected = model.state_dict()

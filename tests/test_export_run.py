@@ -113,7 +113,7 @@ def test_script_passes_its_options_on(script, run, tmp_path, capsys):
     assert len(written) == 74
     assert written["mel_head.weight"].dtype == torch.float16
     shown = capsys.readouterr().out
-    assert "key table: 74 keys, all as published" in shown
+    assert "key table: 74 keys, named as published, in sizes of its own" in shown
     with pytest.raises(SystemExit) as stop:
         script(arguments)
     assert stop.value.code == 1

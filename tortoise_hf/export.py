@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tortoise_hf.errors import UserError
 from tortoise_hf.models.checkpoint_formats import (
     check_weights,
+    fits_tortoise,
     published_layout,
     published_state_dict,
     read_gpt_weights,
@@ -62,13 +63,20 @@ class ExportReport:
     step: int
     weights_file: str
     """Name of the file in the published layout."""
+    for_tortoise: bool
+    """Whether TorToiSe's programs can load that file, see `fits_tortoise`."""
     files: dict[str, dict[str, Any]]
     """File name -> size in bytes and sha256."""
     self_test: SelfTest
 
     def summary(self) -> str:
         """A few lines for the user."""
-        lines = [f"Exported step {self.step} to {self.path} ({self.weights_file} for TorToiSe's programs). Self-test:"]
+        what = (
+            f"{self.weights_file} for TorToiSe's programs"
+            if self.for_tortoise
+            else "sizes of its own, for this program"
+        )
+        lines = [f"Exported step {self.step} to {self.path} ({what}). Self-test:"]
         lines += [f"  {name}: {finding}" for name, finding in self.self_test.findings.items()]
         return "\n".join(lines)
 
@@ -125,7 +133,9 @@ def export_model(
             raise UserError(
                 f"The export of step {step} failed its self-test and was not kept: {'; '.join(self_test.failures)}."
             )
-        report = ExportReport(out_dir, step, weights_file, _list_files(staging), self_test)
+        report = ExportReport(
+            out_dir, step, weights_file, fits_tortoise(trained.config), _list_files(staging), self_test
+        )
         _write_json(staging / MARKER, _marker(report, layout))
         _put_in_place(staging, out_dir)
     except BaseException:
@@ -168,7 +178,8 @@ def run_self_test(
     raw = read_tensors(folder / weights_file)
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in raw.items()}
     wrong = [key for key in layout.keys() | found.keys() if layout.get(key) != found.get(key)]
-    note("key table", _count(len(found), "keys, all as published", sorted(wrong)), not wrong)
+    names = "all as published" if fits_tortoise(trained.config) else "named as published, in sizes of its own"
+    note("key table", _count(len(found), f"keys, {names}", sorted(wrong)), not wrong)
     if not wrong:
         unequal = [key for key in state if not torch.equal(raw[key], state[key].to(DTYPES[dtype]))]
         note(f"{weights_file} weights", _count(len(state), "tensors equal the trained ones", unequal), not unequal)
@@ -314,6 +325,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _put_in_place(staging: Path, out_dir: Path) -> None:
+    for path in staging.rglob("*.safetensors"):
+        shutil.copymode(staging / MARKER, path)  # safetensors writes for the owner alone, whatever the umask
     for path in [*staging.rglob("*"), staging]:
         _sync(path)
     replaced = out_dir.parent / f".{out_dir.name}.replaced"

@@ -19,7 +19,7 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import load_base_weights, resolve_base
-from tortoise_hf.run import RUN_FILE
+from tortoise_hf.run import RUN_FILE, export_summary
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def export_run(
     Raises: UserError: as `find_trained`, `resolve_base` and `export_model`.
     """
     trained = find_trained(path)
-    settings = trained.record["config"]
-    model_config = ModelConfig(**settings["model"])
+    model_config = ModelConfig(**trained.record["config"]["model"])
     if weights_dir is not None:
         model_config = dataclasses.replace(model_config, weights_dir=weights_dir)
     files = resolve_base(model_config)
@@ -100,12 +99,7 @@ def export_run(
         out_dir,
         files=files,
         step=trained.step,
-        summary={
-            "settings": settings,
-            "num_train_clips": trained.record["num_train_clips"],
-            "evaluations": [entry for entry in trained.state["log_history"] if "eval_loss" in entry],
-            "lineage": list(files.lineage),
-        },
+        summary=export_summary(trained.record, trained.state["log_history"], files.lineage),
         dtype=dtype,
         attention_buffers=attention_buffers,
         base_state=None if model_config.from_scratch else load_base_weights(files)[1],

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,6 +255,7 @@ def write_record(run: Run, cfg: Config) -> None:
         "max_steps": run.max_steps,
         "finished_step": run.finished_step,
         "plan": run.plan,
+        "hardware": _hardware(),
     }
     with _writing(run.output_dir):
         run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -333,9 +334,8 @@ def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> 
     name = state.best_model_checkpoint or f"checkpoint-{state.global_step}"
     step = state.best_global_step if state.best_model_checkpoint else state.global_step
     model = TortoiseGPT.from_pretrained(run.output_dir / name, dtype="float32")
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    summary = {"settings": cfg.to_dict(), "num_train_clips": run.num_train_clips, "evaluations": evaluations}
-    summary |= {"lineage": list(files.lineage), "hardware": _hardware()}
+    record = json.loads((run.output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    summary = export_summary(record, state.log_history, files.lineage)
     base_state = None if cfg.model.from_scratch else load_base_weights(files)[1]
     report = export_model(
         model, export_dir, files=files, step=step, summary=summary, base_state=base_state, overwrite=True
@@ -344,8 +344,27 @@ def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> 
     return report
 
 
+def export_summary(
+    record: Mapping[str, Any], log_history: Iterable[Mapping[str, Any]], lineage: Sequence[str]
+) -> dict[str, Any]:
+    """What an export tells of its run.
+
+    Args:
+        record: content of the run's run.json.
+        log_history: of the checkpoint that is exported.
+        lineage: see `BaseFiles.lineage`.
+    """
+    return {
+        "settings": record["config"],
+        "num_train_clips": record["num_train_clips"],
+        "evaluations": [dict(entry) for entry in log_history if "eval_loss" in entry],
+        "lineage": list(lineage),
+        "hardware": record.get("hardware"),
+    }
+
+
 def _hardware() -> str:
-    """What the run computed on, for the voice's card."""
+    """What the run computes on, for the voice's card."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     count = PartialState().num_processes
     return name if count == 1 else f"{count} x {name}"

@@ -10,7 +10,8 @@ from tortoise_hf.callbacks.run_log import LOG_NAME
 from tortoise_hf.config import Config
 from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.export import ExportReport
-from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.models.checkpoint_formats import fits_tortoise
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.run import EXPORT_DIR, REPORT_NAME, Run
 from tortoise_hf.units import format_seconds
 
@@ -118,9 +119,9 @@ def advise(evaluations: list[dict[str, float]], last_step: int, max_steps: int, 
 
 
 def _places(run: Run, state: TrainerState) -> list[str]:
-    rows: list[tuple[str, Path, str]] = [
-        ("exported model", run.output_dir / EXPORT_DIR, "for TortoiseGPT.from_pretrained and TorToiSe's programs")
-    ]
+    export = run.output_dir / EXPORT_DIR
+    programs = " and TorToiSe's programs" if fits_tortoise(GPTConfig.from_pretrained(export)) else ""
+    rows: list[tuple[str, Path, str]] = [("exported model", export, f"for TortoiseGPT.from_pretrained{programs}")]
     if state.best_model_checkpoint:
         note = f"eval loss {state.best_metric:.3f}"
         rows.append(("best checkpoint", run.output_dir / state.best_model_checkpoint, note))

@@ -91,6 +91,12 @@ def published_layout(config: GPTConfig, attention_buffers: bool = True, dtype: t
     return layout
 
 
+def fits_tortoise(config: GPTConfig) -> bool:
+    """Whether TorToiSe's programs can load a GPT of these sizes: theirs are fixed to those of the release."""
+    released = GPTConfig()
+    return config.num_heads == released.num_heads and published_layout(config) == published_layout(released)
+
+
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a `.safetensors` or PyTorch file, on the CPU, under the file's own names.
 
