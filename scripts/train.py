@@ -26,8 +26,7 @@ def fine_tune(cfg: Config) -> None:
     from tortoise_hf.callbacks import build_callbacks
     from tortoise_hf.data.loader import build_batches
     from tortoise_hf.hub.checkpoints import fetch_run
-    from tortoise_hf.hub.publish import check_before_training, push_at_end
-    from tortoise_hf.hub.voice_folder import write_conditioning
+    from tortoise_hf.hub.publish import check_before_training, keep_clips, push_at_end
     from tortoise_hf.loop import train
     from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
     from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
@@ -58,6 +57,8 @@ def fine_tune(cfg: Config) -> None:
     run_folder = open_run(cfg, accelerator, clips, batches.steps_per_epoch, plan.to_dict())
     if accelerator.is_main_process:
         write_report(cfg, data.report)
+        if cfg.hub.repo_id is not None:
+            keep_clips(run_folder.output_dir, cfg.data)
         print(opening_lines(cfg, run_folder, model, batches))
 
     model.to(accelerator.device)
@@ -75,7 +76,6 @@ def fine_tune(cfg: Config) -> None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process and cfg.hub.repo_id is not None:  # nobody waits for this any more
-        write_conditioning(cfg, data.train["clip_id"], run_folder.output_dir)
         print(push_at_end(run_folder.output_dir))
 
 

@@ -271,34 +271,44 @@ def rotate_checkpoints(output_dir: Path, keep_last: int, keep: set[str]) -> None
             shutil.rmtree(doomed)
 
 
-def check_space(output_dir: Path, num_weights: int, kind: OptimizerState, keep_last: int) -> str:
+def check_space(
+    output_dir: Path,
+    num_weights: int,
+    kind: OptimizerState,
+    keep_last: int,
+    held_weights: int = 0,
+    held_checkpoints: int = 0,
+) -> str:
     """What checkpoints will take on the disk, as a line to print.
 
     At most `keep_last` checkpoints, the best one and one being written lie there at once; besides them the exported
-    model, twice while it is replaced. What lies there already is not counted again.
+    model, twice while it is replaced, and what is being pushed. What lies there already is not counted again.
 
     Args:
         output_dir: the run's folder, which exists.
         num_weights: of the model.
         kind: what is kept of the optimizer.
         keep_last: newest checkpoints kept.
+        held_weights: files of weights that pushes may hold on to at once.
+        held_checkpoints: likewise, checkpoints.
 
     Raises:
         UserError: if the disk hasn't got that much left, with all figures.
     """
-    size, export = checkpoint_bytes(num_weights, kind), 2 * checkpoint_bytes(num_weights, "none")
-    total = (keep_last + 2) * size + export
+    size, weights = checkpoint_bytes(num_weights, kind), checkpoint_bytes(num_weights, "none")
+    total = (keep_last + 2 + held_checkpoints) * size + (2 + held_weights) * weights
+    what = "checkpoints, export and pushes" if held_weights or held_checkpoints else "checkpoints and export"
     present = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     needed, free = max(size, total - present), shutil.disk_usage(output_dir).free
     costs = ", ".join(f"{other} {_gigabytes(checkpoint_bytes(num_weights, other))}" for other in STATE_BYTES)
     if needed > free:
         raise UserError(
-            f"training.output_dir {output_dir} needs {_gigabytes(needed)} more for checkpoints and export, its disk "
-            f"has {_gigabytes(free)} left. Free some space, name another folder, lower training.save_total_limit "
+            f"training.output_dir {output_dir} needs {_gigabytes(needed)} more for {what}, its disk has "
+            f"{_gigabytes(free)} left. Free some space, name another folder, lower training.save_total_limit "
             f"({keep_last}), or keep less per checkpoint with training.optimizer_state ({costs})."
         )
     return (
-        f"Checkpoints: {_gigabytes(size)} each with training.optimizer_state {kind} ({costs}); with the export up to "
+        f"Checkpoints: {_gigabytes(size)} each with training.optimizer_state {kind} ({costs}); {what} take up to "
         f"{_gigabytes(total)} in {output_dir}, where {_gigabytes(free)} are free."
     )
 

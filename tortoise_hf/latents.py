@@ -25,6 +25,10 @@ GPT_CLIP_SAMPLES = 132_300
 DIFFUSION_CLIP_SAMPLES = 102_400
 """4.3 s at 24,000 Hz: what the diffusion model hears of each clip."""
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+LATENTS_NAME = "latents.safetensors"
+"""Where a voice's folder keeps the latents of its speaker."""
+CLIPS_FOLDER = "conditioning"
+"""Where it keeps recordings of the speaker, as a run does."""
 
 
 @dataclass(frozen=True)

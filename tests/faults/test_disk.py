@@ -17,29 +17,11 @@ from transformers import TrainerCallback, TrainerState
 from faults.harness import log_of, run, start
 from faults.test_resume import assert_equal_checkpoints, config_of
 from faults.tiny import train_tiny
+from tortoise_hf.callbacks.hub import held_by_pushes
 from tortoise_hf.checkpoint import check_space, find_damage, save_checkpoint
-from tortoise_hf.config import OptimConfig
+from tortoise_hf.config import HubConfig, OptimConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Makes a file system of so many bytes; needs root."""
-    mounted = []
-
-    def make(size, name="disk"):
-        folder = tmp_path / name
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-        if done.returncode != 0:
-            pytest.skip(f"can't mount a small disk here: {done.stderr.decode().strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill_disk_at_4(parts):
@@ -93,6 +75,17 @@ def test_space_counts_what_is_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs 23.61 GB more .* 20.00 GB left"):
         check_space(tmp_path, 421_526_786, "full", keep_last=2)
     assert check_space(tmp_path, 421_526_786, "8bit", keep_last=2)
+    # A push in flight and one that waits keep weights and checkpoints from being deleted.
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50_000_000_000})())
+    pushing = HubConfig(repo_id="me/voice", push="best")
+    assert "checkpoints, export and pushes take up to 28.67 GB" in check_space(
+        tmp_path, 421_526_786, "full", 2, *held_by_pushes(pushing)
+    )
+    assert held_by_pushes(HubConfig(repo_id="me/voice")) == (0, 0)  # the finished voice is the export
+    both = held_by_pushes(HubConfig(repo_id="me/voice", push="best", checkpoint_repo_id="me/run"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 48_000_000_000})())
+    with pytest.raises(UserError, match=r"needs 48.90 GB more for checkpoints, export and pushes, .* 48.00 GB left"):
+        check_space(tmp_path, 421_526_786, "full", 2, *both)
 
 
 def test_a_file_larger_than_allowed(tmp_path):

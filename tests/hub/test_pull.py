@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import io
 import json
+import os
+import random
+import resource
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from conftest import make_config
 from hub.voice_maker import make_run
-from huggingface_hub import constants
-from safetensors.torch import load_file
+from hub_xet import CHUNK_HEADER
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from safetensors.torch import load_file, save
 
 from tortoise_hf.errors import UserError
-from tortoise_hf.hub import pull, pull_voice
+from tortoise_hf.hub import pull_voice
 from tortoise_hf.hub.pull import copy_voice, is_safe_name
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import load_gpt, resolve_base
@@ -70,6 +77,9 @@ def test_a_revision_is_taken_as_asked(voice):
     assert pull_voice("me/voice", first).name == first
     assert pull_voice(f"me/voice@{first}").name == first
     assert pull_voice("me/voice").name != first
+    assert pull_voice(f"me/voice@{first}", first).name == first
+    with pytest.raises(UserError, match=f"me/voice@{first} names the revision {first}, and main was asked for as well"):
+        pull_voice(f"me/voice@{first}", "main")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -155,6 +165,9 @@ def safetensors(header, data=b""):
         ("config.json", lambda e: b"[1]", "holds list"),
         ("config.json", lambda e: b"{}" + b" " * 20_000_001, "20,000,003 bytes; at most 20,000,000"),
         ("tokenizer.json", lambda e: b"not json", "tokenizer.json can't be read"),
+        ("latents.safetensors", lambda e: save({"gpt": torch.zeros(1, 9)}), r"holds \(1, 9\) for the GPT, expected"),
+        ("latents.safetensors", lambda e: struct.pack("<Q", 9) + b"{}", "latents.safetensors is not a sound"),
+        ("mel_norms.safetensors", lambda e: b"PK", "mel_norms.safetensors is not a sound safetensors file"),
         ("model.safetensors", lambda e: struct.pack("<Q", 2**60) + b"{}", "not a sound safetensors file"),
         ("model.safetensors", lambda e: b"", "not a sound safetensors file"),
         (
@@ -221,18 +234,123 @@ def test_without_a_hub_the_cache_serves_or_a_sentence_comes(voice, export, down,
         pull_voice("me/voice", offline=offline)
 
 
-def test_a_full_disk_is_said_before_and_while_pulling(voice, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pull, "hf_hub_download", full)
-        with pytest.raises(UserError, match=r"The disk is full.*HF_HOME"):
-            pull_voice("me/voice")
+def test_too_little_room_is_said_before_anything_is_fetched(voice, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"needs 0.00 GB and the disk of .* has 0.00 GB left"):
         pull_voice("me/voice")
+    assert not any("/resolve/" in path for _, path in voice.requests)
+
+
+def push(hub, files):
+    """Files in the storage that the genuine client chooses, xet unless it is switched off."""
+    api = HfApi()
+    api.create_repo("me/stored")
+    api.create_commit(
+        "me/stored", [CommitOperationAdd(name, data) for name, data in files.items()], commit_message="voice"
+    )
+
+
+@pytest.mark.parametrize("storage", ["lfs", "xet"])
+def test_a_disk_that_fills_up_while_pulling(hub, export, small_disk, monkeypatch, tmp_path, storage):
+    """Something else takes the room between the look at the disk and the end of the download."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", storage == "lfs")
+    push(hub, {**export, "model.safetensors": random.Random(0).randbytes(4_000_000)})
+    disk = small_disk("12m")
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(disk / "xet"))
+
+    def fill(request):
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        (disk / "something_else").write_bytes(b"x" * (free - 1_000_000))
+
+    hub.fail("GET", "/blob/.*/model.safetensors" if storage == "lfs" else "/xet/data/", fill)
+    with pytest.raises(UserError, match=r"The disk is full: me/stored did not fit into .*disk/cache\. Free some space"):
+        pull_voice("me/stored", cache_dir=disk / "cache")
+    assert hub.faults[0].times == 0
+    # What is there is not taken for a voice, and leaves room where the weights would have been.
+    with pytest.raises(UserError, match="not in the cache"):
+        pull_voice("me/stored", cache_dir=disk / "cache", offline=True)
+    assert sum(path.stat().st_size for path in (disk / "cache").rglob("*") if path.is_file()) < 3_000_000
+
+
+def test_a_copy_that_does_not_fit_leaves_nothing(voice, small_disk):
+    disk = small_disk("500k")
+    with pytest.raises(UserError, match=r"mine can't be written .*No space left"):
+        copy_voice(pull_voice("me/voice"), disk / "mine")
+    assert list(disk.iterdir()) == []
+
+
+def test_files_that_may_not_grow_are_a_full_disk(voice, monkeypatch):
+    """A quota, without root: the system refuses to let any file grow further."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"The disk is full.*HF_HOME"):
+            pull_voice("me/voice")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (pull_voice("me/voice") / "model.safetensors").is_file()
+
+
+def flip(hub, content):
+    """Change a byte of a file's first chunk; gives the chunk's compression and a function that changes it back."""
+    xorbs = hub.xet.xorbs
+    name, _, chunk, _ = hub.xet.terms[hub.xet.files_by_sha256[hashlib.sha256(content).hexdigest()]][0]
+    before, (start, _) = xorbs[name], hub.xet.spans(name)[chunk]
+    place = start + CHUNK_HEADER + 50
+    xorbs[name] = before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :]
+    return before[start + 4], lambda: xorbs.update({name: before})
+
+
+def test_a_voice_out_of_xet_storage_serves_offline_and_is_compared(hub, export):
+    """Newer clients keep such content for all repositories together, under xet's hash."""
+    push(hub, export)
+    folder = pull_voice("me/stored")
+    assert any("/xet/data/" in path for _, path in hub.requests)
+    assert pull_voice("me/stored", offline=True) == folder
+    assert all((folder / name).read_bytes() == export[name] for name in NAMES)
+    weights = (folder / "model.safetensors").resolve()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match="arrived damaged"):
+        pull_voice("me/stored", offline=True)
+    assert not weights.exists()
+    assert (pull_voice("me/stored") / "model.safetensors").read_bytes() == export["model.safetensors"]
+
+
+def test_a_byte_flipped_in_xet_storage_is_noticed(hub, export):
+    """The client takes it: a chunk's hash isn't compared. Random bytes, so that chunks are stored as they are."""
+    content = random.Random(0).randbytes(200_000)
+    push(hub, {**export, "model.safetensors": content})
+    compression, restore = flip(hub, content)
+    assert compression == 0
+    with pytest.raises(UserError, match=r"me/stored/model.safetensors arrived damaged: 200,000 bytes with hash"):
+        pull_voice("me/stored")
+    assert any("/xet/data/" in path for _, path in hub.requests)
+    restore()
+    with pytest.raises(UserError, match="not a sound safetensors file"):  # whole again: now it is looked into
+        pull_voice("me/stored")
+
+
+def test_a_byte_flipped_in_a_compressed_xet_chunk_is_noticed(hub, export, repository, tmp_path):
+    """The client can't unpack it and asks again, six times in three and a half minutes, unless it is told otherwise."""
+    content = b"tortoise " * 40_000
+    push(hub, {**export, "model.safetensors": content})
+    compression, _ = flip(hub, content)
+    assert compression == 1
+    done = subprocess.run(
+        [sys.executable, str(repository / "scripts" / "pull.py"), "me/stored", str(tmp_path / "copy")],
+        env=os.environ | {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "Files of me/stored could not be transferred (RuntimeError" in done.stderr
+    assert "not in the cache either" in done.stderr
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_voice_is_a_base_and_its_lineage_is_kept(voice, tmp_path):

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, constants
 
 from tortoise_hf.config import HubConfig
 from tortoise_hf.errors import UserError
+from tortoise_hf.hub import voice_folder
 from tortoise_hf.hub.client import _wait_seconds, check_access
 from tortoise_hf.hub.publish import NOTE, push_at_end, push_run
 
@@ -64,16 +65,15 @@ def equals_export(hub, run, repo="me/voice", revision="main"):
 @pytest.mark.parametrize("storage", ["lfs", "xet"])
 def test_a_voice_is_one_commit_with_its_card(hub, run, monkeypatch, storage, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", storage == "lfs")
-    (run / "conditioning").mkdir()
-    (run / "conditioning" / "clip-1.wav").write_bytes(b"RIFF one clip")
-    pushed = push_run(run)
+    said = []
+    pushed = push_run(run, say=said.append)
     repository = hub.repository("me/voice")
     assert repository.private
     assert repository.titles() == ["initial commit", "Voice of step 5"]
     assert pushed.commit == repository.branches["main"]
     assert equals_export(hub, run)
     files = repository.files()
-    assert files["conditioning/clip-1.wav"] == b"RIFF one clip"
+    assert ["there are no reference clips" in line for line in said] == [True]  # the recordings are gone
     assert files["training_curve.png"].startswith(b"\x89PNG")
     marker = json.loads(files["export.json"])
     assert all(
@@ -87,7 +87,7 @@ def test_a_voice_is_one_commit_with_its_card(hub, run, monkeypatch, storage, tmp
     assert len(repository.titles()) == 2
 
 
-def test_the_card_says_what_a_voice_needs(hub, run):
+def test_the_card_says_what_a_voice_needs(hub, run, monkeypatch):
     push_run(run, {"license": "cc-by-4.0"})
     card = ModelCard(hub.repository("me/voice").files()["README.md"].decode())
     data = card.data.to_dict()
@@ -97,9 +97,15 @@ def test_the_card_says_what_a_voice_needs(hub, run):
     assert "tortoise-tts" in data["tags"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"eval_loss": 2.25, "eval_mel_loss": 2.125, "eval_text_loss": 4.5}
-    for words in (CONSENT, "12.3 minutes", "me/voice", "5_gpt.pth", "--ar-checkpoint", "| 5 (this voice) | 2.2500 |"):
+    for words in (CONSENT, "12.3 minutes", "me/voice", "only a preview can be heard", "| 5 (this voice) | 2.2500 |"):
         assert words in card.text, words
     assert "conditioning/" not in card.text  # there are none
+    assert "--ar-checkpoint" not in card.text  # it has sizes of its own
+    monkeypatch.setattr(voice_folder, "fits_tortoise", lambda config: True)
+    push_run(run)
+    text = hub.repository("me/voice").files()["README.md"].decode()
+    assert "--ar-checkpoint my_copy/5_gpt.pth" in text
+    assert "preview" not in text
     assert "<audio" not in card.text
 
 

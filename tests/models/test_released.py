@@ -11,6 +11,7 @@ import time
 
 import pytest
 from hub_server import HubServer
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from tortoise_hf.errors import UserError
 from tortoise_hf.models import released
@@ -190,3 +191,15 @@ def test_hub_offline_with_full_and_empty_cache_asks_nobody(hub, tmp_path):
     assert refused.startswith("UserError")
     assert "HF_HUB_OFFLINE" in refused
     assert not hub.requests
+
+
+def test_a_file_out_of_xet_storage_is_compared_with_its_sha256(hub, tmp_path, monkeypatch):
+    """Newer clients keep such content under xet's hash, which is another one."""
+    origin = RELEASED["autoregressive.pth"].origins[0]
+    monkeypatch.setattr(constants, "HF_XET_CACHE", str(tmp_path / "xet"))
+    addition = CommitOperationAdd(origin.path, CONTENT["autoregressive.pth"] * 10_000)
+    HfApi(endpoint=hub.url, token="any").create_commit(origin.repo_id, [addition], commit_message="in xet storage")
+    fetched = fetch(hub, tmp_path, ["autoregressive.pth"])["autoregressive.pth"]
+    assert any("/xet/data/" in path for _, path in hub.requests)
+    assert fetched.compared_with == "hub"
+    assert fetched.sha256 == hashlib.sha256(addition.path_or_fileobj).hexdigest()

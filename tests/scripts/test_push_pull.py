@@ -18,6 +18,12 @@ from scripts.test_train import tiny_run
 CONSENT = "My own voice."
 
 
+@pytest.fixture(autouse=True)
+def no_giving_way(monkeypatch):
+    """On a busy machine pushes beside a run would take minutes."""
+    monkeypatch.setattr("tortoise_hf.callbacks.hub.NICENESS", 0)
+
+
 @pytest.fixture
 def call(capsys):
     """Calls a script's main in this process; gives what it printed."""

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
-from tortoise_hf.callbacks.hub import HubCallback
+from tortoise_hf.callbacks.hub import HubCallback, held_by_pushes
 from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.overfitting import OverfittingCallback
@@ -42,7 +42,8 @@ def build_callbacks(cfg: Config, accelerator: Accelerator, files: BaseFiles | No
             EarlyStoppingCallback(cfg.callbacks.early_stopping_patience, cfg.callbacks.early_stopping_threshold)
         )
     callbacks.append(OverfittingCallback())
-    callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit), RunLogCallback()]
+    held = held_by_pushes(cfg.hub)
+    callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit, held), RunLogCallback()]
     if files is not None and (cfg.hub.repo_id is not None or cfg.hub.checkpoint_repo_id is not None):
         callbacks.append(HubCallback(cfg, accelerator, files))
     callbacks.append(InterruptCallback(accelerator))

@@ -17,10 +17,16 @@ from tortoise_hf.errors import UserError
 class CheckpointCallback(TrainerCallback):
     """Write a checkpoint at every save, at every new best evaluation and after the last step."""
 
-    def __init__(self, accelerator: Accelerator, keep_last: int) -> None:
-        """Keep the newest `keep_last` checkpoints, and the best one besides."""
+    def __init__(self, accelerator: Accelerator, keep_last: int, held: tuple[int, int] = (0, 0)) -> None:
+        """Keep the newest `keep_last` checkpoints, and the best one besides.
+
+        Args:
+            accelerator: of this process.
+            keep_last: see above.
+            held: files of weights, and checkpoints, that pushes may hold on to at once, see `check_space`.
+        """
         self.accelerator = accelerator
-        self.keep_last = keep_last
+        self.keep_last, self.held = keep_last, held
         self.saved_step: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -34,7 +40,8 @@ class CheckpointCallback(TrainerCallback):
         num_weights = sum(parameter.numel() for parameter in model.parameters())
         if self.accelerator.is_main_process:
             try:
-                print(check_space(Path(args.output_dir), num_weights, args.optimizer_state, self.keep_last))
+                figures = (num_weights, args.optimizer_state, self.keep_last, *self.held)
+                print(check_space(Path(args.output_dir), *figures))
             except UserError as error:
                 problem = str(error)
         raise_together(self.accelerator, problem)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,68 +15,119 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback
 
 from tortoise_hf.checkpoint import MANIFEST
-from tortoise_hf.config import Config
+from tortoise_hf.config import Config, HubConfig
 from tortoise_hf.export import write_companions
-from tortoise_hf.hub.checkpoints import push_checkpoints, stage_checkpoints
-from tortoise_hf.hub.client import ATTEMPTS, VOICE_MARKER
-from tortoise_hf.hub.publish import HUB_DIR, note
-from tortoise_hf.hub.push import push_folder
-from tortoise_hf.hub.voice_folder import assemble_voice, link_file, local_paths, write_checkpoint_export
+from tortoise_hf.hub.checkpoints import stage_checkpoints
+from tortoise_hf.hub.publish import HUB_DIR
+from tortoise_hf.hub.voice_folder import link_file
 from tortoise_hf.models.pretrained import BaseFiles
 
+NICENESS = 19
+"""Of a push, where the system has such a thing: it takes what the run leaves, and 1.5 % of a processor that the run
+keeps busy (Linux's weights of nice 19 and 0: 15 and 1024)."""
 LAST_PUSH_SECONDS = 600.0
 """How long a run's end waits for the push in flight; the push of the finished voice follows anyway."""
 
+_DEATH_SECONDS = 30.0  # a killed process may still have to come back from the disk
+
+
+def held_by_pushes(hub: HubConfig) -> tuple[int, int]:
+    """(files of weights, checkpoints) that pushes keep from being deleted at most, for `check_space`.
+
+    One push is in flight and one waits. A voice in flight is the weights twice, as safetensors and in the published
+    layout; one that waits is only the former. Checkpoints that are pushed are the newest and the best.
+    """
+    voices = hub.repo_id is not None and hub.push != "end"
+    return (3 if voices else 0, 4 if hub.checkpoint_repo_id is not None else 0)
+
 
 class Pusher:
-    """One push at a time, in a thread; of those that wait, only the newest."""
+    """One push at a time, each in a process of its own (`hub/worker.py`); of those that wait, only the newest."""
 
-    def __init__(self, say: Callable[[str], None] = print) -> None:
-        """Report failures through `say`."""
-        self.say = say
-        self.stop = threading.Event()
-        self.thread: threading.Thread | None = None
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = print) -> None:
+        """Push what lies in folders of `run_dir`; report failures through `say`."""
+        self.run_dir, self.say = run_dir, say
         self._lock = threading.Lock()
-        self._waiting: tuple[Callable[[], None], Callable[[], None]] | None = None
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._waiting: Path | None = None
+        self._closed = False
 
-    def submit(self, push: Callable[[], None], discard: Callable[[], None]) -> None:
-        """Push as soon as no other push is in flight; `discard` is called when it is over, or overtaken."""
+    def submit(self, staging: Path) -> None:
+        """Push a folder as soon as no other push is in flight; it is deleted when that is over, or overtaken."""
         with self._lock:
-            overtaken, self._waiting = self._waiting, (push, discard)
-            if self.thread is None or not self.thread.is_alive():
-                self.thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
-                self.thread.start()
+            overtaken, self._waiting = self._waiting, staging
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
+                self._thread.start()
         if overtaken is not None:
-            overtaken[1]()
+            shutil.rmtree(overtaken, ignore_errors=True)
+
+    def join(self, timeout: float) -> None:
+        """Wait for what is in flight and what waits."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+
+    def close(self, timeout: float) -> None:
+        """Drop what waits, cut short waiting for another try, and let the request in flight end, if it does in time."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                with contextlib.suppress(BrokenPipeError):  # it is over
+                    self._process.stdin.write("stop\n")
+                    self._process.stdin.flush()
+        self.join(timeout)
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+        self.join(_DEATH_SECONDS)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if self._waiting is None:
-                    self.thread = None
+                staging, self._waiting = self._waiting, None
+                if staging is None:
+                    self._thread = None
                     return
-                (push, discard), self._waiting = self._waiting, None
-            try:
-                push()
-            except Exception as error:  # whatever it is, the run goes on
-                self.say(f"\nWarning: {error} The run goes on and pushes again later, at the latest at its end.")
-            finally:
-                discard()
+            problem = self._push(staging)
+            if problem is not None:
+                self.say(f"\nWarning: {problem} The run goes on and pushes again later, at the latest at its end.")
+            shutil.rmtree(staging, ignore_errors=True)
 
-    def close(self, timeout: float) -> None:
-        """Drop what waits, cut short waiting for another try, and let the request in flight end."""
-        self.stop.set()
-        with self._lock:
-            overtaken, self._waiting = self._waiting, None
-            thread = self.thread
-        if overtaken is not None:
-            overtaken[1]()
-        if thread is not None:
-            thread.join(timeout)
+    def _push(self, staging: Path) -> str | None:
+        """What went wrong, in a sentence; None if nothing did."""
+        try:
+            with self._lock:
+                if self._closed:
+                    return None
+                process = self._process = self._start(staging)
+            # Not communicate(): it would close the input, which tells the process to leave.
+            said, code = process.stdout.read(), process.wait()
+            with self._lock:
+                self._process = None
+                process.stdin.close()
+                process.stdout.close()
+        except OSError as error:
+            return f"The pushing process could not be started ({error})."
+        return None if code == 0 else (said.strip().splitlines() or [f"The push ended with exit code {code}."])[-1]
+
+    def _start(self, staging: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tortoise_hf.hub.worker", str(self.run_dir), str(staging)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # The graphics memory is the run's, and nobody would see the bars.
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        )
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        return process
 
 
 class HubCallback(TrainerCallback):
@@ -81,16 +137,15 @@ class HubCallback(TrainerCallback):
     rotation can't take them away from a push. The finished voice is pushed after the run, see `push_at_end`.
     """
 
-    def __init__(self, cfg: Config, accelerator: Accelerator, files: BaseFiles, attempts: int = ATTEMPTS) -> None:
-        """Push a run that started from `files`; `attempts` as in `retry`."""
-        self.cfg, self.accelerator, self.files, self.attempts = cfg, accelerator, files, attempts
+    def __init__(self, cfg: Config, accelerator: Accelerator, files: BaseFiles) -> None:
+        """Push a run that started from `files`."""
+        self.cfg, self.accelerator, self.files = cfg, accelerator, files
         self.run_dir = Path(cfg.training.output_dir)
-        self.pusher = Pusher()
+        self.pusher = Pusher(self.run_dir)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the files beside the weights in order once: later only files are linked."""
         if self.accelerator.is_main_process:
-            disable_progress_bars()
             shutil.rmtree(self.run_dir / HUB_DIR, ignore_errors=True)  # of a run that was killed
             companions = self.run_dir / HUB_DIR / "companions"
             companions.mkdir(parents=True)
@@ -104,7 +159,7 @@ class HubCallback(TrainerCallback):
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand the checkpoint just written to the thread, if it is to be pushed."""
+        """Hand the checkpoint just written on, if it is to be pushed."""
         if not self.accelerator.is_main_process:
             return
         hub, step = self.cfg.hub, state.global_step
@@ -117,49 +172,18 @@ class HubCallback(TrainerCallback):
         staging = self.run_dir / HUB_DIR / f"step-{step}"
         shutil.rmtree(staging, ignore_errors=True)
         if push_voice:
-            for name in ("model.safetensors", "config.json"):
+            for name in ("model.safetensors", "config.json", "trainer_state.json", MANIFEST):
                 link_file(checkpoint / name, staging / "checkpoint" / name)
         if hub.checkpoint_repo_id is not None:
             kept = {checkpoint.name, state.best_model_checkpoint or checkpoint.name}
             stage_checkpoints(self.run_dir, kept, staging / "resume")
-        evaluations = [dict(entry) for entry in state.log_history if "eval_loss" in entry]
-        self.pusher.submit(
-            lambda: self._push(staging, step, evaluations, push_voice),
-            lambda: shutil.rmtree(staging, ignore_errors=True),
-        )
+        told = {"step": step, "lineage": list(self.files.lineage)}
+        (staging / "step.json").write_text(json.dumps(told), encoding="utf-8")
+        self.pusher.submit(staging)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The finished voice is pushed next; a push of an older one must not come after it."""
         # A checkpoint that is owed still goes out: the voice is pushed again after the run, checkpoints are not.
-        if self.cfg.hub.checkpoint_repo_id is not None and self.pusher.thread is not None:
-            self.pusher.thread.join(LAST_PUSH_SECONDS)
+        if self.cfg.hub.checkpoint_repo_id is not None:
+            self.pusher.join(LAST_PUSH_SECONDS)
         self.pusher.close(LAST_PUSH_SECONDS)
-
-    def _push(self, staging: Path, step: int, evaluations: list[dict[str, Any]], push_voice: bool) -> None:
-        settings, hub = self.cfg.to_dict(), self.cfg.hub
-        options = {"attempts": self.attempts, "wait": self.pusher.stop.wait}
-        paths = local_paths(settings, self.run_dir)
-        if hub.checkpoint_repo_id is not None:
-            push_checkpoints(staging / "resume", hub.checkpoint_repo_id, step, local_paths=paths, **options)
-        if not push_voice:
-            return
-        summary = {"settings": settings, "evaluations": evaluations, "lineage": list(self.files.lineage)}
-        write_checkpoint_export(
-            staging / "checkpoint", staging / "export", self.run_dir / HUB_DIR / "companions", step, summary
-        )
-        folder = assemble_voice(staging / "export", staging / "voice", self.run_dir, hub)
-        try:
-            pushed = push_folder(
-                folder,
-                hub.repo_id,
-                message=f"Voice of step {step}",
-                marker=VOICE_MARKER,
-                private=hub.private,
-                revision=hub.revision,
-                local_paths=paths,
-                **options,
-            )
-        except Exception as error:
-            note(self.run_dir, hub.repo_id, step, pending=str(error))
-            raise
-        note(self.run_dir, hub.repo_id, step, pushed)

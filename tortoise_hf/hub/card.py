@@ -23,6 +23,8 @@ class Sample:
     text: str
     tuned: str
     base: str | None = None
+    preview: bool = False
+    """Whether they were made without the chain's large models."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class CardFacts:
     hardware: str | None = None
     has_curve: bool = False
     num_conditioning: int = 0
+    latents: Sequence[str] = ()
+    """Of which models `latents.safetensors` holds what they hear in the clips: gpt, diffusion."""
+    for_tortoise: bool = True
+    """Whether the GPT has the released sizes, which TorToiSe's programs and the models behind the GPT take."""
     samples: Sequence[Sample] = field(default_factory=tuple)
 
 

@@ -139,13 +139,21 @@ def _fetch(
         say(f"{output_dir} holds step {step_here} already, {repo_id} step {max(steps)}; going on with what is here.")
         return
     check_space(entries.values(), output_dir.parent, repo_id)
+    names = [f"checkpoint-{step}" for step in sorted(steps)]
     staging = output_dir.parent / f".{output_dir.name}.from-hub"
     shutil.rmtree(staging, ignore_errors=True)
-    for name, entry in entries.items():
-        # Into the run's folder, not the cache: a checkpoint is several gigabytes and is needed once.
-        path = Path(hf_hub_download(repo_id, name, revision=commit, local_dir=staging, endpoint=api.endpoint))
-        compare(path, entry.lfs.sha256 if entry.lfs is not None else entry.blob_id, f"{repo_id}/{name}")
-    names = [f"checkpoint-{step}" for step in sorted(steps)]
+    try:
+        for name, entry in entries.items():
+            # Beside the run's folder, not into the cache: a checkpoint is several gigabytes and is needed once.
+            path = Path(hf_hub_download(repo_id, name, revision=commit, local_dir=staging, endpoint=api.endpoint))
+            compare(path, entry.lfs.sha256 if entry.lfs is not None else entry.blob_id, f"{repo_id}/{name}")
+        _take_over(staging, names, output_dir, repo_id, cfg)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    say(f"Fetched {', '.join(names)} from {repo_id} into {output_dir}.")
+
+
+def _take_over(staging: Path, names: Sequence[str], output_dir: Path, repo_id: str, cfg: Config) -> None:
     for name in names:
         problem = find_damage(staging / name) if (staging / name / MANIFEST).is_file() else "it has no manifest"
         if problem is not None:
@@ -161,8 +169,6 @@ def _fetch(
     for name in names:
         shutil.rmtree(output_dir / name, ignore_errors=True)
         (staging / name).rename(output_dir / name)
-    shutil.rmtree(staging, ignore_errors=True)
-    say(f"Fetched {', '.join(names)} from {repo_id} into {output_dir}.")
 
 
 def with_local_paths(settings: dict[str, Any], cfg: Config) -> dict[str, Any]:

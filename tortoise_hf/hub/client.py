@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
@@ -67,6 +68,16 @@ def is_passing(error: BaseException) -> bool:
     return is_unreachable(error) or isinstance(error, RuntimeError | OSError)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the disk has no more room, a quota is used up, or a file would be larger than allowed."""
+    numbers = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    for one in chain(error):
+        told = re.search(r"\(os error (\d+)\)", str(one))  # how hf_xet passes it on
+        if getattr(one, "errno", None) in numbers or (told and int(told[1]) in numbers):
+            return True
+    return False
+
+
 def explain(error: BaseException, repo_id: str, revision: str | None = None) -> str:
     """What an error of the Hub's client means and what to do about it, in a sentence or two."""
     status = status_of(error)
@@ -89,6 +100,8 @@ def explain(error: BaseException, repo_id: str, revision: str | None = None) -> 
         return f"The Hub allows no more requests for the moment (429) while asking for {repo_id}; try again later."
     if is_unreachable(error):
         return f"The Hub could not be reached for {repo_id} ({first_line(error)})."
+    if status is None:
+        return f"Files of {repo_id} could not be transferred ({first_line(error)})."
     return f"The Hub's answer for {repo_id}: {first_line(error)}."
 
 

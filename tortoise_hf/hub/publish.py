@@ -10,15 +10,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tortoise_hf.config import Config
+from tortoise_hf.config import Config, DataConfig, HubConfig
 from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import is_export
 from tortoise_hf.export_run import export_run
 from tortoise_hf.hub.client import ATTEMPTS, VOICE_MARKER, check_access, require_consent
+from tortoise_hf.hub.conditioning import write_clips
 from tortoise_hf.hub.push import Pushed, push_folder
 from tortoise_hf.hub.voice_folder import assemble_voice, hub_settings, local_paths
-from tortoise_hf.run import EXPORT_DIR, RUN_FILE
+from tortoise_hf.latents import CLIPS_FOLDER
+from tortoise_hf.run import CLIPS_FILE, EXPORT_DIR, RUN_FILE
 
 HUB_DIR = ".hub"
 """In a run's folder: what is about to be pushed."""
@@ -33,6 +35,7 @@ def push_run(
     attempts: int = ATTEMPTS,
     wait: Callable[[float], object] | None = None,
     endpoint: str | None = None,
+    say: Callable[[str], object] = print,
 ) -> Pushed:
     """Push a run's export (made now if it isn't there) as a voice.
 
@@ -42,6 +45,7 @@ def push_run(
         attempts: see `retry`, as for `wait`.
         wait: see there.
         endpoint: the Hub's address; default as HF_ENDPOINT says.
+        say: takes a line for the user.
 
     Raises:
         UserError: if it isn't a run, repository or consent are missing, or the Hub refuses or can't be reached. What
@@ -61,7 +65,35 @@ def push_run(
     if not is_export(export_dir):
         export_dir = run_dir / HUB_DIR / EXPORT_DIR
         export_run(run_dir, export_dir, overwrite=True)
-    folder = assemble_voice(export_dir, run_dir / HUB_DIR / "voice", run_dir, hub)
+    keep_clips(run_dir, DataConfig(**settings["data"]), say)
+    pushed = push_voice(
+        export_dir,
+        run_dir / HUB_DIR / "voice",
+        run_dir,
+        hub,
+        local_paths=local_paths(settings, run_dir),
+        attempts=attempts,
+        wait=wait,
+        endpoint=endpoint,
+    )
+    shutil.rmtree(run_dir / HUB_DIR, ignore_errors=True)
+    return pushed
+
+
+def push_voice(export_dir: Path, staging: Path, run_dir: Path, hub: HubConfig, **options: Any) -> Pushed:
+    """Make a voice of an export and push it; how that went is noted in the run's folder.
+
+    Args:
+        export_dir: see `assemble_voice`, as for run_dir and hub.
+        staging: folder to make the voice in.
+        run_dir: the run's folder.
+        hub: where to.
+        options: of `push_folder`.
+
+    Raises:
+        UserError: as `push_folder`.
+    """
+    folder = assemble_voice(export_dir, staging, run_dir, hub)
     step = json.loads((folder / VOICE_MARKER).read_text(encoding="utf-8"))["step"]
     try:
         pushed = push_folder(
@@ -71,17 +103,24 @@ def push_run(
             marker=VOICE_MARKER,
             private=hub.private,
             revision=hub.revision,
-            local_paths=local_paths(settings, run_dir),
-            attempts=attempts,
-            wait=wait,
-            endpoint=endpoint,
+            **options,
         )
-    except UserError as error:
+    except Exception as error:
         note(run_dir, hub.repo_id, step, pending=str(error))
         raise
-    shutil.rmtree(run_dir / HUB_DIR, ignore_errors=True)
     note(run_dir, hub.repo_id, step, pushed)
     return pushed
+
+
+def keep_clips(run_dir: Path, data: DataConfig, say: Callable[[str], object] = print) -> None:
+    """Keep reference clips with a run, unless it has some; a warning says why it couldn't be done."""
+    try:
+        write_clips(data, json.loads((run_dir / CLIPS_FILE).read_text(encoding="utf-8")), run_dir)
+    except (OSError, UserError) as error:
+        say(
+            f"Warning: there are no reference clips for the voice, as its recordings can't be read ({error}). Put a "
+            f"few into {run_dir / CLIPS_FOLDER}."
+        )
 
 
 def note(run_dir: Path, repo_id: str, step: int, pushed: Pushed | None = None, pending: str | None = None) -> None:

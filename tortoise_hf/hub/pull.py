@@ -6,7 +6,6 @@ and the shapes of tensors are looked at first: whoever made the repository may h
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -22,17 +21,18 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from tortoise_hf.errors import UserError
-from tortoise_hf.hub.client import explain, is_passing, is_unreachable
+from tortoise_hf.hub.client import explain, is_full, is_passing
 from tortoise_hf.hub.push import git_blob_id
+from tortoise_hf.latents import LATENTS_NAME
 from tortoise_hf.models.checkpoint_formats import published_layout, read_gpt_weights
 from tortoise_hf.models.gpt import GPTConfig
-from tortoise_hf.models.released import file_sha256
+from tortoise_hf.models.released import delete_from_cache, file_sha256, hash_in_cache
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 NEEDED = (
     CONFIG, WEIGHTS, "tokenizer.json", "mel_norms.safetensors", "dvae/config.json", "dvae/model.safetensors",
-    "export.json", "training_summary.json",
+    "export.json", "training_summary.json", LATENTS_NAME,
 )  # fmt: skip
 """Files of a voice that are pulled if they are there."""
 CONDITIONING = re.compile(r"^conditioning/[^/]+\.(wav|flac|safetensors|json)$")
@@ -82,6 +82,8 @@ def pull_voice(
     if Path(name_or_folder).expanduser().is_dir():
         return Path(name_or_folder).expanduser()
     repo_id, _, named = str(name_or_folder).partition("@")
+    if revision and named and revision != named:
+        raise UserError(f"{name_or_folder} names the revision {named}, and {revision} was asked for as well; give one.")
     revision = revision or named or None
     try:
         validate_repo_id(repo_id)
@@ -95,17 +97,13 @@ def pull_voice(
             return _pull(HfApi(endpoint=endpoint), repo_id, revision, cache_dir)
         except UserError:
             raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:  # whatever the client's HTTP library raises
+            if is_full(error):
                 where = cache_dir or constants.HF_HUB_CACHE
                 raise UserError(
                     f"The disk is full: {repo_id} did not fit into {where}. Free some space, or set HF_HOME to another "
                     "disk, and pull again."
                 ) from error
-            if not (is_passing(error) or is_unreachable(error)):
-                raise UserError(explain(error, repo_id, revision)) from error
-            reason = explain(error, repo_id, revision)
-        except Exception as error:  # whatever the client's HTTP library raises
             if not is_passing(error):
                 raise UserError(explain(error, repo_id, revision)) from error
             reason = explain(error, repo_id, revision)
@@ -195,7 +193,7 @@ def check_space(files: Iterable[RepoFile], cache: Path, repo_id: str) -> None:
     needed, free = sum(entry.size for entry in files), shutil.disk_usage(there).free
     present = _repository_cache(repo_id, cache) / "blobs"
     if present.is_dir():
-        needed -= sum(path.stat().st_size for path in present.iterdir())
+        needed -= sum(path.stat().st_size for path in present.iterdir() if path.is_file())
     if needed > free:
         raise UserError(
             f"{repo_id} needs {needed / 1e9:.2f} GB and the disk of {cache} has {free / 1e9:.2f} GB left. Free some "
@@ -212,8 +210,7 @@ def compare(path: Path, recorded: str, name: str) -> None:
     if found == recorded:
         return
     size = path.stat().st_size
-    path.resolve().unlink()  # otherwise the cache would give it out again
-    path.unlink(missing_ok=True)
+    delete_from_cache(path)
     raise UserError(
         f"{name} arrived damaged: {size:,} bytes with hash {found[:12]}..., the Hub recorded {recorded[:12]}.... It "
         "was deleted and nothing was loaded; pull again."
@@ -226,16 +223,15 @@ def _from_cache(repo_id: str, revision: str | None, cache_dir: str | Path | None
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision or ""
     folder = cache / "snapshots" / commit
     if not re.fullmatch(r"[0-9a-f]{40}", commit) or not folder.is_dir():
-        raise UserError(f"{reason} It is not in the cache either; connect this machine and pull it once.")
+        raise UserError(f"{reason} It is not in the cache either; pull it again when the Hub can be had.")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     wanted = [name for name in names if name in NEEDED or CONDITIONING.match(name) or PUBLISHED_WEIGHTS.match(name)]
     if CONFIG not in wanted or not any(name.endswith((".pth", WEIGHTS)) and "/" not in name for name in wanted):
-        raise UserError(f"{reason} The cache holds only a part of {repo_id}; connect this machine and pull it again.")
+        raise UserError(f"{reason} The cache holds only a part of {repo_id}; pull it again when the Hub can be had.")
     for name in wanted:
-        # The cache stores content under the hash the Hub announced for it; systems without links have no such name.
-        blob = (folder / name).resolve().name
-        if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob):
-            compare(folder / name, blob, f"{repo_id}/{name}")
+        recorded = hash_in_cache(folder / name)
+        if recorded is not None:
+            compare(folder / name, recorded, f"{repo_id}/{name}")
     check_contents(folder, repo_id)
     return folder
 
@@ -262,8 +258,13 @@ def check_contents(folder: Path, name: str) -> None:
             f"{name}: weights and {CONFIG} don't belong together: {len(wrong)} of {len(layout)} tensors differ, first "
             f"{key} ({shapes.get(key, 'missing')} instead of {layout.get(key, 'nothing')}). Nothing was loaded."
         )
-    for path in folder.glob("*/*.safetensors"):
-        safetensors_shapes(path, f"{name}/{path.relative_to(folder).as_posix()}")
+    for path in (file for file in folder.rglob("*.safetensors") if file != folder / WEIGHTS):
+        shapes = safetensors_shapes(path, f"{name}/{path.relative_to(folder).as_posix()}")
+        if path == folder / LATENTS_NAME and shapes.get("gpt") != (1, config.hidden_size):
+            raise UserError(
+                f"{name}/{LATENTS_NAME} holds {shapes.get('gpt', 'nothing')} for the GPT, expected "
+                f"{(1, config.hidden_size)}. Nothing was loaded."
+            )
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from huggingface_hub.hf_api import RepoFile
 
 from tortoise_hf.hub.client import ATTEMPTS, check_repository, retry
 from tortoise_hf.hub.scan import scan_folder
-from tortoise_hf.models.released import file_sha256
 
-VOICE_FILES = ("*_gpt.pth", "samples/*", "conditioning/*", "dvae/*")
+VOICE_FILES = ("*_gpt.pth", "samples/*", "conditioning/*", "latents.safetensors", "dvae/*")
 """Files of a voice that a newer push may lack; they go then. What else lies in the repository stays."""
 
 
@@ -76,7 +75,7 @@ def push_folder(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    digests: dict[str, str] = {}
+    additions: dict[str, CommitOperationAdd] = {}
 
     def once() -> Pushed:
         check_repository(api, repo_id, marker, repo_type)
@@ -87,10 +86,13 @@ def push_folder(
         head = api.repo_info(repo_id, **where).sha
         tree = api.list_repo_tree(repo_id, recursive=True, repo_type=repo_type, revision=head)
         remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        for name, path in files.items():
+            if name not in additions:
+                additions[name] = CommitOperationAdd(name, path)  # reads and hashes the file, so only once
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(name, path)
-            for name, path in files.items()
-            if name not in remote or not _is_equal(path, name, remote[name], digests)
+            addition
+            for name, addition in additions.items()
+            if name not in remote or not _is_equal(addition, files[name], remote[name])
         ]
         operations += [
             CommitOperationDelete(name, is_folder=False)
@@ -105,13 +107,11 @@ def push_folder(
     return retry(once, repo_id, attempts, wait)
 
 
-def _is_equal(path: Path, name: str, entry: RepoFile, digests: dict[str, str]) -> bool:
-    if path.stat().st_size != entry.size:
+def _is_equal(addition: CommitOperationAdd, path: Path, entry: RepoFile) -> bool:
+    if addition.upload_info.size != entry.size:
         return False
     if entry.lfs is not None:
-        if name not in digests:
-            digests[name] = file_sha256(path)
-        return digests[name] == entry.lfs.sha256
+        return addition.upload_info.sha256.hex() == entry.lfs.sha256
     return git_blob_id(path) == entry.blob_id
 
 

@@ -7,24 +7,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import soundfile
 import torch
 from safetensors.torch import load_file
 
-from tortoise_hf.audio import SAMPLE_RATE, AudioError, load_waveform
-from tortoise_hf.config import Config, HubConfig
-from tortoise_hf.data.ljspeech import read_rows
+from tortoise_hf.checkpoint import MANIFEST
+from tortoise_hf.config import HubConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import FORMAT, MARKER, SUMMARY
 from tortoise_hf.hub.card import CardFacts, Sample, make_card
-from tortoise_hf.hub.curve import draw_curve
+from tortoise_hf.hub.conditioning import write_latents
+from tortoise_hf.hub.curve import draw_curve, read_log
 from tortoise_hf.hub.pull import is_hub_name
-from tortoise_hf.models.checkpoint_formats import published_state_dict, write_published
+from tortoise_hf.latents import CLIPS_FOLDER, LATENTS_NAME, load_latents
+from tortoise_hf.models.checkpoint_formats import fits_tortoise, published_state_dict, read_tensors, write_published
 from tortoise_hf.models.gpt import GPTConfig
 from tortoise_hf.models.released import file_sha256
+from tortoise_hf.sample_folder import SAMPLES_DIR, SAMPLES_LIST
 from tortoise_hf.units import format_seconds
 
 PATH_SETTINGS = (
@@ -32,14 +33,6 @@ PATH_SETTINGS = (
     "model.tokenizer", "training.output_dir", "training.resume",
 )  # fmt: skip
 """Settings that name places on this machine."""
-CONDITIONING_DIR = "conditioning"
-SAMPLES_DIR = "samples"
-SAMPLES_LIST = "samples.json"
-"""In a run's `samples` folder: a list of {"text", "tuned", "base"}, the latter two names of recordings beside it. Where
-it is there, the recordings are published and the card plays them."""
-NUM_CONDITIONING = 4
-_BEST_SECONDS = 8.0  # TorToiSe takes about 6 to 10 s of each reference clip
-_BATCH_CLIPS = 1000
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,11 +67,10 @@ def write_checkpoint_export(
 ) -> None:
     """Write the files of an export out of a checkpoint's, while the run goes on.
 
-    Builds no model and draws no random number, so a thread beside the training may call it. The weights are compared
-    with the checkpoint's after they were written; the logits of a full self-test are not.
+    The weights are compared with the checkpoint's after they were written; the logits of a full self-test are not.
 
     Args:
-        checkpoint: holds model.safetensors and config.json.
+        checkpoint: holds model.safetensors, config.json and the manifest with their hashes.
         out_dir: folder to make.
         companions: folder with tokenizer, norms and a DVAE of one's own.
         step: of the checkpoint.
@@ -90,21 +82,20 @@ def write_checkpoint_export(
     shutil.rmtree(out_dir, ignore_errors=True)
     for path in (file for file in companions.rglob("*") if file.is_file()):
         link_file(path, out_dir / path.relative_to(companions))
-    for name in ("model.safetensors", "config.json"):
+    manifest = _read_json(checkpoint / MANIFEST)["files"]
+    recorded = {name: manifest[name] for name in ("model.safetensors", "config.json")}
+    for name in recorded:
         link_file(checkpoint / name, out_dir / name)
     config = GPTConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     weights = load_file(checkpoint / "model.safetensors")
     weights_file = f"{step}_gpt.pth"
     write_published(published_state_dict(weights, config), out_dir / weights_file)
-    written = torch.load(out_dir / weights_file, map_location="cpu", weights_only=True)
+    written = read_tensors(out_dir / weights_file)
     if not all(torch.equal(written[key], tensor.float()) for key, tensor in weights.items()):
         raise UserError(f"{weights_file} did not read back equal to the checkpoint of step {step}; nothing was pushed.")
     _write_json(out_dir / SUMMARY, {"step": step, **summary})
-    files = {
-        path.relative_to(out_dir).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(out_dir.rglob("*"))
-        if path.is_file()
-    }
+    names = sorted(path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file())
+    files = {name: recorded.get(name) or _describe(out_dir / name) for name in names}
     finding = f"{len(weights)} tensors equal the checkpoint's"
     marker = {"made_by": "tortoise_hf", "format": FORMAT, "step": step, "weights_file": weights_file, "files": files}
     marker |= {"self_test": {"findings": {f"{weights_file} weights": finding}, "failures": [], "passed": True}}
@@ -112,7 +103,7 @@ def write_checkpoint_export(
 
 
 def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfig) -> Path:
-    """Make the folder that is pushed: an export, its card, curve, reference clips and samples.
+    """Make the folder that is pushed: an export, its card, curve, reference clips with their latents, and samples.
 
     Args:
         export_dir: what `export_model` or `write_checkpoint_export` wrote.
@@ -128,17 +119,16 @@ def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfi
     summary = _read_json(export_dir / SUMMARY)
     marker = _read_json(export_dir / MARKER)
     settings = summary["settings"]
-    log_history = _read_log(run_dir / "log.jsonl")
+    log_history = read_log(run_dir / "log.jsonl")
     summary["settings"] = public_settings(settings)
     summary["lineage"] = _lineage(summary, settings)
     _replace_json(out_dir / SUMMARY, summary)
-    marker["files"][SUMMARY] = {
-        "bytes": (out_dir / SUMMARY).stat().st_size,
-        "sha256": file_sha256(out_dir / SUMMARY),
-    }
+    marker["files"][SUMMARY] = _describe(out_dir / SUMMARY)
     _replace_json(out_dir / MARKER, marker)
-    for path in sorted((run_dir / CONDITIONING_DIR).glob("*.wav")):
-        link_file(path, out_dir / CONDITIONING_DIR / path.name)
+    for path in sorted((run_dir / CLIPS_FOLDER).glob("*.wav")):
+        link_file(path, out_dir / CLIPS_FOLDER / path.name)
+    write_latents(out_dir, settings["model"].get("weights_dir"))
+    latents = load_latents(out_dir / LATENTS_NAME) if (out_dir / LATENTS_NAME).is_file() else None
     samples = _take_samples(run_dir / SAMPLES_DIR, out_dir / SAMPLES_DIR)
     report = _read_json(run_dir / "dataset_report.json") if (run_dir / "dataset_report.json").is_file() else {}
     root = settings["data"]["root"]
@@ -159,7 +149,9 @@ def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfi
         duration=None if duration is None else format_seconds(duration),
         hardware=summary.get("hardware"),
         has_curve=draw_curve(log_history, out_dir / "training_curve.png"),
-        num_conditioning=len(list((out_dir / CONDITIONING_DIR).glob("*.wav"))),
+        num_conditioning=len(list((out_dir / CLIPS_FOLDER).glob("*.wav"))),
+        latents=() if latents is None else ("gpt",) if latents.diffusion is None else ("gpt", "diffusion"),
+        for_tortoise=fits_tortoise(GPTConfig.from_pretrained(out_dir)),
         samples=samples,
     )
     (out_dir / "README.md").write_text(str(make_card(facts)), encoding="utf-8")
@@ -177,11 +169,13 @@ def _take_samples(source: Path, target: Path) -> list[Sample]:
         return []
     samples = []
     for entry in json.loads((source / SAMPLES_LIST).read_text(encoding="utf-8")):
-        names = {role: entry[role] for role in ("tuned", "base") if entry.get(role)}
+        names = {role: PurePosixPath(entry[role]) for role in ("tuned", "base") if entry.get(role)}
         for name in names.values():
-            link_file(source / name, target / Path(name).name)
-        paths = {role: f"{SAMPLES_DIR}/{Path(name).name}" for role, name in names.items()}
-        samples.append(Sample(text=entry["text"].replace("|", "/"), **paths))
+            if name.is_absolute() or ".." in name.parts:
+                raise UserError(f"{source / SAMPLES_LIST} names {name}, which leads out of its folder.")
+            link_file(source / name, target / name)
+        paths = {role: f"{SAMPLES_DIR}/{name}" for role, name in names.items()}
+        samples.append(Sample(text=entry["text"].replace("|", "/"), preview=entry.get("preview", False), **paths))
     return samples
 
 
@@ -195,44 +189,6 @@ def training_seconds(log_history: Sequence[Mapping[str, Any]], batch_size: int |
             seconds += (entry["step"] - before) * batch_size / max(entry["clips_per_second"], 1e-9)
             before = entry["step"]
     return seconds or None
-
-
-def write_conditioning(cfg: Config, clip_ids: Sequence[str], run_dir: Path) -> int:
-    """Keep a few reference clips of the speaker with the run, as WAV files of 22.05 kHz.
-
-    Clips of about eight seconds are chosen from the training clips, spread over them.
-
-    Args:
-        cfg: of the run; its dataset is read again.
-        clip_ids: of the training clips.
-        run_dir: the run's folder.
-
-    Returns: how many there are.
-    """
-    folder = run_dir / CONDITIONING_DIR
-    if folder.is_dir():
-        return len(list(folder.glob("*.wav")))
-    wanted = set(clip_ids)
-    rows = read_rows(cfg.data).train
-    paths = [path for clip, path in zip(rows["clip_id"], rows["audio_path"], strict=True) if clip in wanted and path]
-    paths = paths[:: max(1, len(paths) // _BATCH_CLIPS)]
-    lengths = []
-    for path in paths:
-        try:
-            lengths.append((abs(soundfile.info(path).duration - _BEST_SECONDS), path))
-        except RuntimeError:  # not a file libsndfile knows
-            continue
-    staging = run_dir / f".{CONDITIONING_DIR}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    for number, (_, path) in enumerate(sorted(lengths)[:NUM_CONDITIONING], start=1):
-        try:
-            waveform = load_waveform(Path(path))
-        except AudioError:
-            continue
-        soundfile.write(staging / f"clip-{number}.wav", waveform.numpy(), SAMPLE_RATE, "PCM_16")
-    staging.rename(folder)
-    return len(list(folder.glob("*.wav")))
 
 
 def hub_settings(settings: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> HubConfig:
@@ -249,11 +205,8 @@ def hub_settings(settings: Mapping[str, Any], changes: Mapping[str, Any] | None 
         raise UserError(str(error)) from error
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def find_parts(
     *,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
+    offline: bool | None = None,
 ) -> dict[str, Path]:
     """Where each part lies on this machine, fetching what isn't there yet.
 
@@ -54,6 +55,7 @@ def find_parts(
         weights_dir: folder to look in first; see above, and `fetch_released`.
         cache_dir: the Hub's cache, see `fetch_released`.
         endpoint: the Hub's address, see `fetch_released`.
+        offline: take what is on this machine only, see `fetch_released`.
 
     Returns: a folder or a `.pth` file for each.
     Raises: UserError: if a part is nowhere to be had.
@@ -67,7 +69,7 @@ def find_parts(
     files = {name: PARTS[name].file for name in names if name not in found}
     if files:
         fetched = fetch_released(
-            files.values(), weights_dir, cache_dir=cache_dir, endpoint=endpoint, option="weights_dir"
+            files.values(), weights_dir, cache_dir=cache_dir, endpoint=endpoint, offline=offline, option="weights_dir"
         )
         found |= {name: fetched[file].path for name, file in files.items()}
     return found

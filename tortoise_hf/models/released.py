@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def fetch_released(
     *,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
+    offline: bool | None = None,
     option: str = "model.weights_dir",
 ) -> dict[str, FetchedFile]:
     """Bring released files here: from weights_dir, else from the Hub's cache, else from the Hub and its mirrors.
@@ -124,6 +126,7 @@ def fetch_released(
             download cache (tortoise-tts keeps one in ~/.cache/tortoise/models).
         cache_dir: the Hub's cache; default as HF_HOME and HF_HUB_CACHE say.
         endpoint: the Hub's address; default as HF_ENDPOINT says.
+        offline: take what is on this machine only; default as HF_HUB_OFFLINE says.
         option: what the user passes weights_dir as, for messages.
 
     Returns: a `FetchedFile` for each name.
@@ -137,7 +140,7 @@ def fetch_released(
         raise UserError(f"{option}: {weights_dir} is not a folder; put {', '.join(names)} in one.")
     fetched: dict[str, FetchedFile] = {}
     failures: dict[str, list[str]] = {}
-    offline = constants.HF_HUB_OFFLINE
+    offline = constants.HF_HUB_OFFLINE if offline is None else offline
     for name in names:
         file = _released(name)
         local = _find_local(file, Path(weights_dir)) if weights_dir is not None else None
@@ -187,6 +190,25 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hash_in_cache(path: Path) -> str | None:
+    """What the Hub announced of a file in its client's cache: the sha256 of a large one, git's id of a small one.
+
+    The client names the content by it and links to that. One link is followed only: behind it, content that came by xet
+    may lie under xet's own hash. None where the file system has no links.
+    """
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return name if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", name) else None
+
+
+def delete_from_cache(path: Path) -> None:
+    """Delete a file of the client's cache with its content, so that the cache doesn't give it out again."""
+    while path.is_symlink():
+        content = path.parent / os.readlink(path)
+        path.unlink()
+        path = content
+    path.unlink(missing_ok=True)
+
+
 def _find_local(file: ReleasedFile, folder: Path) -> Path | None:
     for candidate in (file.name, *(origin.path for origin in file.origins)):
         if (folder / candidate).is_file():
@@ -225,11 +247,10 @@ def _check_fetched(file: ReleasedFile, origin: Origin, path: Path, endpoint: str
 
 
 def _recorded_sha256(origin: Origin, path: Path, endpoint: str | None, offline: bool) -> str | None:
-    # The cache stores a large file's content under the sha256 the Hub announced for it, so this works offline too;
-    # where the file system has no links the content lies in the snapshot itself and the Hub is asked.
-    blob = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
+    # Works offline too; where the file system has no links the Hub is asked.
+    known = hash_in_cache(path)
+    if known is not None and len(known) == 64:
+        return known
     if offline:
         return None
     entries = HfApi(endpoint=endpoint).get_paths_info(origin.repo_id, [origin.path], revision=origin.revision)

@@ -1,0 +1,79 @@
+"""Push a checkpoint while its run goes on: `python -m tortoise_hf.hub.worker RUN STAGING`, started by `HubCallback`.
+
+Hashing and sending gigabytes in a process of its own takes neither Python's lock from the training nor, as it is run
+with the lowest priority, the processor. Everything it needs is on the disk. Its input tells it when to stop: "stop"
+means no more tries, and the end of the input that the run is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def main(run_dir: Path, staging: Path) -> None:
+    """Push, or print a sentence on why it wasn't possible and leave with exit code 1."""
+    stop = _obey_input()
+    from tortoise_hf.errors import UserError
+
+    try:
+        push_checkpoint(run_dir, staging, stop)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+
+
+def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None:
+    """Push the voice and the checkpoints that `HubCallback` has put into a folder.
+
+    Args:
+        run_dir: the run's folder.
+        staging: `step.json`; `checkpoint/` for a voice; `resume/` for checkpoints to go on from.
+        stop: set when there shall be no more tries.
+
+    Raises:
+        UserError: if the Hub refuses or can't be reached; what became of a voice is noted in the run's folder.
+    """
+    import torch
+
+    from tortoise_hf.hub.checkpoints import push_checkpoints
+    from tortoise_hf.hub.publish import HUB_DIR, push_voice
+    from tortoise_hf.hub.voice_folder import hub_settings, local_paths, write_checkpoint_export
+    from tortoise_hf.run import RUN_FILE, export_summary
+
+    torch.set_num_threads(1)
+    record, told = (_read_json(path) for path in (run_dir / RUN_FILE, staging / "step.json"))
+    hub, paths = hub_settings(record["config"]), local_paths(record["config"], run_dir)
+    if (staging / "resume").is_dir():
+        push_checkpoints(staging / "resume", hub.checkpoint_repo_id, told["step"], local_paths=paths, wait=stop.wait)
+    if (staging / "checkpoint").is_dir():
+        log_history = _read_json(staging / "checkpoint" / "trainer_state.json")["log_history"]
+        summary = export_summary(record, log_history, told["lineage"])
+        companions = run_dir / HUB_DIR / "companions"
+        write_checkpoint_export(staging / "checkpoint", staging / "export", companions, told["step"], summary)
+        push_voice(staging / "export", staging / "voice", run_dir, hub, local_paths=paths, wait=stop.wait)
+
+
+def _obey_input() -> threading.Event:
+    stop = threading.Event()
+
+    def listen() -> None:
+        for _ in sys.stdin:
+            stop.set()
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    return stop
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the run, which then tells this process
+        signal.signal(number, signal.SIG_IGN)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
