@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate.utils import DistributedType
 from faults.harness import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts.test_prepare_script import call
 
 from tortoise_hf.audio import SAMPLE_RATE, load_mel_norms, load_waveform
+from tortoise_hf.cli import load_config
 from tortoise_hf.data.examples import ClipEncoder
+from tortoise_hf.dvae_config import DVAERunConfig
 from tortoise_hf.dvae_evaluation import reconstruction_loss, round_to_half, save_dvae
+from tortoise_hf.dvae_run import choose_mel_norms
+from tortoise_hf.dvae_training import DVAETrainer
+from tortoise_hf.errors import UserError
 from tortoise_hf.models.dvae import DVAE, DVAEConfig
 from tortoise_hf.models.pretrained import BaseFiles, load_dvae
 
@@ -24,8 +30,8 @@ SETTINGS = {
     "model.hidden_size": 16, "model.codebook_dim": 8, "model.num_codes": 24, "model.num_resnet_blocks": 1,
     "training.max_steps": 60, "training.codebook_start_step": 20, "training.batch_size": 4,
     "training.piece_codes": 12, "training.warmup_steps": 5, "training.learning_rate": 3e-3,
-    "training.logging_steps": 10, "training.eval_steps": 30, "training.save_steps": 20, "training.num_samples": 1,
-    "data.min_eval_clips": 2, "training.half": "true",
+    "training.revival_steps": 10, "training.logging_steps": 10, "training.eval_steps": 30, "training.save_steps": 20,
+    "training.num_samples": 1, "training.half": "true", "data.min_eval_clips": 2,
 }  # fmt: skip
 
 
@@ -79,12 +85,11 @@ def test_it_learns_and_the_gradient_reaches_the_encoder(finished):
     assert evaluations[60]["eval_explained"] > 0.2
     assert evaluations[60]["eval_perplexity"] > 4
     assert 4 < evaluations[60]["eval_codes_used"] <= 24
-    states = [load_file(finished / f"checkpoint-{step}" / "model.safetensors") for step in (60,)]
-    fresh = DVAE.from_pretrained(finished / "checkpoint-60").config
+    trained = load_file(finished / "checkpoint-60" / "model.safetensors")
     torch.manual_seed(1234)
-    begun = DVAE(fresh).state_dict()
-    moved = [key for key in begun if key.startswith("encoder") and not torch.equal(begun[key], states[0][key])]
-    assert len(moved) == sum(key.startswith("encoder") for key in begun)
+    begun = DVAE(DVAE.from_pretrained(finished / "checkpoint-60").config).state_dict()
+    encoder = [key for key in begun if key.startswith("encoder")]
+    assert [key for key in encoder if torch.equal(begun[key], trained[key])] == []
 
 
 def test_what_it_leaves_is_a_bases_dvae_in_half_precision(finished, voice):
@@ -131,8 +136,6 @@ def test_a_finished_run_is_left_alone(finished, voice, capsys):
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(finished, voice, tmp_path, capsys, monkeypatch):
-    from tortoise_hf.dvae_training import DVAETrainer
-
     step = DVAETrainer._step
 
     def interrupted_step(self, meter):
@@ -167,6 +170,14 @@ def test_two_processes_learn_what_one_does(finished, voice, tmp_path):
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
     assert two[2]["loss"] == pytest.approx(one[2]["loss"], rel=1e-2)
     assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=0.2)
+
+
+def test_norms_that_are_given_are_used(voice, tmp_path):
+    save_file({"mel_norms": torch.linspace(-3, -4, 80)}, tmp_path / "norms.safetensors")
+    cfg = load_config(
+        flags(voice, tmp_path / "run", model__mel_norms=tmp_path / "norms.safetensors"), "x", DVAERunConfig
+    )
+    assert torch.equal(choose_mel_norms(cfg, None), torch.linspace(-3, -4, 80))
 
 
 def test_loud_mistakes_count_more_than_those_in_silence():
@@ -216,9 +227,6 @@ def test_a_run_does_not_become_another_half_way(voice, tmp_path, capsys):
     started = flags(voice, tmp_path / "run")
     folder = tmp_path / "run"
     folder.mkdir()
-    from tortoise_hf.cli import load_config
-    from tortoise_hf.dvae_config import DVAERunConfig
-
     record = {"config": load_config(started, "x", DVAERunConfig).to_dict(), "clips": "another"}
     (folder / "run.json").write_text(json.dumps(record))
     for argv, sentence in (
@@ -229,3 +237,23 @@ def test_a_run_does_not_become_another_half_way(voice, tmp_path, capsys):
             train(*argv)
         assert sentence in capsys.readouterr().err
     assert json.loads((folder / "run.json").read_text()) == record
+
+
+class _Launched:
+    """What an accelerator tells of how the run was launched."""
+
+    def __init__(self, num_processes: int, kind: str = "NO") -> None:
+        self.num_processes, self.distributed_type = num_processes, DistributedType[kind]
+
+
+@pytest.mark.parametrize(
+    ("launched", "sentence"),
+    [
+        (_Launched(2, "FSDP"), "too small for; take accelerate_config.yaml"),
+        (_Launched(8), "training.batch_size is 4, fewer pieces than the 8 processes"),
+    ],
+)
+def test_launches_it_cannot_serve_are_refused(voice, tmp_path, launched, sentence):
+    cfg = load_config(flags(voice, tmp_path / "run"), "x", DVAERunConfig)
+    with pytest.raises(UserError, match=sentence):
+        DVAETrainer(cfg, launched, None, None, None)

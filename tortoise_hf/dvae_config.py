@@ -72,7 +72,9 @@ class DVAETrainingConfig:
     commitment_weight: float = 0.25
     """Weight of the encoder outputs' distance to their codebook vectors. Source: the VQ-VAE paper."""
     min_code_share: float = 0.05
-    """A code used less often than this share of the mean is put elsewhere, at every logging_steps."""
+    """A code used less often than this share of the mean is put elsewhere."""
+    revival_steps: int = 20
+    """Optimizer steps between two looks for such codes; in the last fifth of the run there is none."""
     logging_steps: int = 20
     """Optimizer steps between two log lines."""
     eval_steps: int = 250
@@ -90,8 +92,8 @@ class DVAETrainingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; `ValueError` names the key."""
-        counts = ("max_steps", "batch_size", "piece_codes", "logging_steps", "eval_steps", "save_steps")
-        for name in (*counts, "save_total_limit"):
+        counts = ("max_steps", "batch_size", "piece_codes", "revival_steps", "save_total_limit")
+        for name in (*counts, "logging_steps", "eval_steps", "save_steps"):
             _require(getattr(self, name) >= 1, f"training.{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warmup_steps", "commitment_weight", "num_samples", "seed"):
             _require(getattr(self, name) >= 0, f"training.{name} must be 0 or more, got {getattr(self, name)}")
@@ -140,4 +142,4 @@ class DVAERunConfig:
     @property
     def output_dir(self) -> Path:
         """`training.output_dir` as a path."""
-        return Path(self.training.output_dir).expanduser()
+        return Path(self.training.output_dir)

@@ -28,6 +28,7 @@ from tortoise_hf.checkpoint import Checkpoint, load_checkpoint
 from tortoise_hf.codebook import code_statistics, initialize, perplexity, quantize, revive, update_averages
 from tortoise_hf.config import OptimConfig
 from tortoise_hf.data.mels import ClipMels, PieceDraws, Pieces
+from tortoise_hf.distributed import shards_weights
 from tortoise_hf.dvae_config import DVAEModelConfig, DVAERunConfig
 from tortoise_hf.dvae_evaluation import evaluate_dvae, reconstruction_loss
 from tortoise_hf.errors import UserError
@@ -158,7 +159,19 @@ class DVAETrainer:
             train: clips to train on.
             held_out: clips to evaluate on; may be empty.
             mel_norms: (80,) divisors of the log-mel.
+
+        Raises: UserError: if processes share the weights out, or there are more of them than pieces in a batch.
         """
+        if shards_weights(accelerator):
+            raise UserError(
+                "accelerate was told to share the weights out (FSDP), which a DVAE is too small for; take "
+                "accelerate_config.yaml or configs/accelerate/multi_gpu.yaml."
+            )
+        if cfg.training.batch_size < accelerator.num_processes:
+            raise UserError(
+                f"training.batch_size is {cfg.training.batch_size}, fewer pieces than the {accelerator.num_processes} "
+                "processes; give every process at least one."
+            )
         self.cfg, self.accelerator, self.held_out, self.mel_norms = cfg, accelerator, held_out, mel_norms
         settings = cfg.training
         self.dvae = new_dvae(cfg.model, settings.seed)
@@ -262,9 +275,9 @@ class DVAETrainer:
         codebook = self.dvae.codebook
         statistics = self.accelerator.reduce(code_statistics(codebook, vectors, codes), "sum")
         update_averages(codebook, statistics, settings.codebook_decay)
-        if (step + 1) % settings.logging_steps == 0 and step < REVIVAL_END * settings.max_steps:
-            everybodys = self._gather(vectors)
-            revive(codebook, everybodys, settings.min_code_share, torch.Generator().manual_seed(settings.seed + step))
+        if (step + 1) % settings.revival_steps == 0 and step < REVIVAL_END * settings.max_steps:
+            generator = torch.Generator().manual_seed(settings.seed + step)
+            revive(codebook, self._gather(vectors), settings.min_code_share, generator)
 
     @torch.no_grad()
     def _fit_codebook(self) -> None:
@@ -288,8 +301,8 @@ class DVAETrainer:
         if self.accelerator.num_processes == 1:
             return vectors
         padded = self.accelerator.pad_across_processes(vectors, dim=0, pad_index=math.nan)
-        everybodys = self.accelerator.gather(padded)
-        return everybodys[~everybodys.isnan().any(dim=1)]
+        gathered = self.accelerator.gather(padded)
+        return gathered[~gathered.isnan().any(dim=1)]
 
     def _evaluate(self, events: CallbackHandler, control: TrainerControl) -> TrainerControl:
         """Figures of the held-out clips; every process computes all of them, which is quicker than agreeing."""
