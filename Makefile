@@ -1,5 +1,6 @@
 # make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU; share it on a Hub that runs here
 # make test   set up, then check the code and run the tests
+# make docs   set up, then build the documentation as a site; a broken link is an error
 # make clean  delete the demo run, so that the next make demo begins anew
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -20,6 +21,13 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)
+	@test -x $(BIN)/zensical || { echo "error: the documentation takes Python 3.11 or newer; remove .venv and run make with PYTHON=python3.11."; exit 1; }
+	# In a copy: it keeps a cache beside its settings and deletes what it doesn't know there.
+	rm -rf build/docs && mkdir -p build/docs && cp -r docs mkdocs.yml build/docs
+	cd build/docs && $(CURDIR)/$(BIN)/zensical build --strict
+	@echo "The documentation is in build/docs/site/index.html."
 
 clean:
 	rm -rf $(DEMO)

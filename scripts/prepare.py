@@ -8,13 +8,15 @@ machine that will train: the plan goes by a measurement there.
     python scripts/prepare.py --config configs/my_voice.yaml --hub.consent "My own voice." --push you/my-recordings
 
 shares the clips that were kept as a dataset on the Hugging Face Hub (private unless --hub.private false), from which
---data.root you/my-recordings trains anywhere.
+--data.root you/my-recordings trains anywhere. --plan FILE.json also writes the plan for programs, such as the notebook.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from tortoise_hf.cli import load_config, run
 from tortoise_hf.config import Config
@@ -24,15 +26,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the settings, then check, encode and plan."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--push", metavar="OWNER/NAME")
+    parser.add_argument("--plan", type=Path, metavar="FILE.json")
     own, others = parser.parse_known_args(argv)
     cfg = load_config(others, __doc__)
-    run(lambda: prepare(cfg, own.push))
+    run(lambda: prepare(cfg, own.push, own.plan))
 
 
-def prepare(cfg: Config, push_to: str | None = None) -> None:
+def prepare(cfg: Config, push_to: str | None = None, plan_path: Path | None = None) -> None:
     """The first half of a run. Torch loads only here, so `--help` and a mistyped flag answer at once."""
-    from pathlib import Path
-
     from tortoise_hf.hub.dataset import push_dataset
     from tortoise_hf.machine import describe, main_process_first, start_accelerator
     from tortoise_hf.models.pretrained import load_gpt
@@ -53,6 +54,8 @@ def prepare(cfg: Config, push_to: str | None = None) -> None:
     if accelerator.is_main_process:
         print(plan.table())
         write_report(cfg, data.report)
+        if plan_path is not None:
+            plan_path.write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
         print(f"Report: {Path(cfg.training.output_dir) / REPORT_NAME}. Next: scripts/train.py with the same arguments.")
     accelerator.end_training()
 

@@ -150,24 +150,32 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: a line per setting, then what it adds up to."""
-        training, facts = self.config.training, self.facts
-        values = [_in_words(row.value) for row in self.rows]
+        values = [in_words(row.value) for row in self.rows]
         widths = max(len(row.name) for row in self.rows), max(len(value) for value in values)
-        lines = [
-            f"Plan ({training.plan}) for {facts.num_train_clips:,} clips, {facts.minutes:.1f} minutes, to train on and "
-            f"{facts.num_eval_clips:,} clips to evaluate on:"
-        ]
+        lines = [self.head()]
         for row, value in zip(self.rows, values, strict=True):
             lines.append(f"  {row.name:<{widths[0]}}  {value:<{widths[1]}}  {row.origin}")
+        return "\n".join(lines + self.closing_lines())
+
+    def head(self) -> str:
+        """What is planned for."""
+        facts = self.facts
+        return (
+            f"Plan ({self.config.training.plan}) for {facts.num_train_clips:,} clips, {facts.minutes:.1f} minutes, to "
+            f"train on and {facts.num_eval_clips:,} clips to evaluate on:"
+        )
+
+    def closing_lines(self) -> list[str]:
+        """What the settings add up to, and what the user should know."""
+        training, facts = self.config.training, self.facts
         rounds = accumulation(training.batch_size, training.micro_batch_size, facts)
-        lines.append(
+        return [
             f"  = {training.max_steps:,} optimizer steps, {self.steps_per_epoch:,} per epoch; each of {rounds} "
             f"micro-batch{'es' * (rounds > 1)} on each of {facts.num_processes} process"
-            f"{'es' * (facts.num_processes > 1)}"
-        )
-        lines.append(f"  {self._prediction_line()}")
-        lines += [f"Warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+            f"{'es' * (facts.num_processes > 1)}",
+            f"  {self._prediction_line()}",
+            *(f"Warning: {warning}" for warning in self.warnings),
+        ]
 
     def _prediction_line(self) -> str:
         prediction, parts = self.prediction, []
@@ -185,6 +193,7 @@ class Plan:
             "warnings": list(self.warnings),
             "prediction": dataclasses.asdict(self.prediction),
             "measurement": self.measurement and self.measurement.to_dict(),
+            "facts": dataclasses.asdict(self.facts),
         }
 
 
@@ -483,7 +492,8 @@ def predict(config: Config, facts: Facts, measurement: Measurement | None) -> Pr
     return Prediction(seconds, memory, disk_bytes)
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A setting's value as people write it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
