@@ -337,7 +337,7 @@ def test_nan_gradients_leave_the_weights_alone_and_then_stop_the_run(tmp_path, c
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
-    from tortoise_hf.evaluate import evaluate
+    from tortoise_hf.eval_loss import evaluate
 
     model, results = golden_gpt(), []
     for eval_batch_size in (1, 4, 16):

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler  # internal to transfo
 from tortoise_hf.checkpoint import METER, remember_callbacks
 from tortoise_hf.config import Config
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
-from tortoise_hf.evaluate import evaluate
+from tortoise_hf.eval_loss import evaluate
 from tortoise_hf.faults import in_words
 from tortoise_hf.loss import weighted_mean_of_values
 from tortoise_hf.step import StepResult, Steps

@@ -17,7 +17,7 @@ from test_loop import RandomExamples
 from tortoise_hf.data.collate import Collator
 from tortoise_hf.data.loader import EvalBatches
 from tortoise_hf.data.sampler import StepSampler
-from tortoise_hf.evaluate import evaluate
+from tortoise_hf.eval_loss import evaluate
 
 NUM_CLIPS = 23
 BATCH_SIZES = (1, 4, 16)
