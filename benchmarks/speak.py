@@ -1,10 +1,14 @@
-"""What speaking costs, stage by stage: seconds per second of audio, peak memory, time to the first sound.
+"""What speaking costs, stage by stage: time per second of audio, peak memory, time to the first sound, and the floor.
 
     python benchmarks/speak.py --size small
     python benchmarks/speak.py --size released --preset fast --device cuda
+    python benchmarks/speak.py --size released --low_memory --num_samples 4 --steps 2 --codes 500 --pieces 1
 
-The weights are random, so what is said is noise, and rows never end by themselves: each is `--codes` codes long, 46 ms
-of sound each. Time and memory don't depend on what the weights are.
+The models are random files, read as a voice's files are; every row is `--codes` codes long, 46 ms of sound each.
+
+The floor is what can't be saved. Every code of a batch of rows reads all weights of the GPT once (or, with many rows,
+takes two operations per weight and row); a diffusion step is the arithmetic of the network. Both are set against what
+the device reached on a large matrix just before: `share_of_the_floor` is the time these would take by the time taken.
 """
 
 from __future__ import annotations
@@ -14,57 +18,29 @@ import json
 import logging
 import resource
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
+import random_models
 import torch
+from random_models import SIZES, TEXT
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UnivNetConfig, UnivNetModel
 
 from tortoise_hf.audio import HOP_LENGTH, SAMPLE_RATE, SAMPLE_RATE_24K
-from tortoise_hf.latents import VoiceLatents
-from tortoise_hf.models.clvp import CLVP, CLVPConfig
-from tortoise_hf.models.diffusion import DiffusionConfig, DiffusionDecoder
-from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
-from tortoise_hf.speech import Chain, ModelShelf, Preset, choose_preset
-from tortoise_hf.text import train_tokenizer
+from tortoise_hf.models.dvae import FRAMES_PER_CODE
+from tortoise_hf.speech import Chain, Preset, choose_preset, rows_at_once
 from tortoise_hf.voice import Voice
 
-TEXT = (
-    "The kettle is on, so sit down and tell me about your day. Please close the gate behind you, or the sheep will "
-    "wander onto the road. We painted the kitchen a pale yellow, and now it looks twice as big. "
-)
 STAGES = ("sample", "rank", "latents", "mel", "waveform")
 
 
-def random_voice(size: str, device: torch.device, dtype: torch.dtype, low_memory: bool) -> Voice:
-    """A voice of random weights, at the released sizes or an eighth of their width."""
-    small = size == "small"
-    width = 128 if small else 1024
-    configs = {
-        "gpt": (TortoiseGPT, GPTConfig(hidden_size=width, num_heads=width // 64, num_layers=8 if small else 30)),
-        "clvp": (CLVP, CLVPConfig(**({"hidden_size": 96, "num_layers": 4, "num_heads": 2} if small else {}))),
-        "diffusion": (DiffusionDecoder, DiffusionConfig(hidden_size=width, num_heads=width // 64, latent_size=width)),
-        "vocoder": (UnivNetModel, UnivNetConfig()),
-    }
-
-    def loader(name: str):
-        def load() -> torch.nn.Module:
-            model_class, config = configs[name]
-            torch.manual_seed(0)
-            model = model_class(config)
-            if name == "gpt":
-                with torch.no_grad():
-                    model.mel_head.bias[config.stop_mel_id] = -1e4
-            return model
-
-        return load
-
-    shelf = ModelShelf({name: loader(name) for name in configs}, device, dtype, low_memory)
-    tokenizer = train_tokenizer([TEXT], 255)
-    chain = Chain(shelf, configs["gpt"][1], tokenizer, -torch.ones(80), latent_size=width)
-    return Voice(chain, VoiceLatents(torch.randn(1, width), torch.randn(1, 2 * width)))
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def timed_stages(chain: Chain, device: torch.device) -> dict[str, float]:
@@ -77,8 +53,7 @@ def timed_stages(chain: Chain, device: torch.device) -> dict[str, float]:
         def timed(*args, **kwargs):
             started = time.perf_counter()
             result = stage(*args, **kwargs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             seconds[name] += time.perf_counter() - started
             return result
 
@@ -89,21 +64,55 @@ def timed_stages(chain: Chain, device: torch.device) -> dict[str, float]:
     return seconds
 
 
+def best_seconds(operation, device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the quickest of several times."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        operation()
+        wait_for(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 @torch.inference_mode()
-def floor(chain: Chain, preset: Preset, num_frames: int) -> dict[str, float]:
-    """What can't be saved: weights read for every code of a batch of rows, arithmetic of the diffusion model."""
-    with chain.shelf.use("gpt") as gpt:
-        read = sum(p.numel() * p.element_size() for part in (gpt.gpt, gpt.mel_head) for p in part.parameters())
-    rows = 2 if preset.diffusion.guidance else 1
-    with chain.shelf.use("diffusion") as diffusion, FlopCounterMode(display=False) as counter:
-        shapes = ((rows, 100, num_frames), (rows, diffusion.config.hidden_size, num_frames))
-        mel, conditioning = (torch.zeros(shape, device=diffusion.device, dtype=diffusion.dtype) for shape in shapes)
-        diffusion(mel, torch.zeros(rows, device=diffusion.device), conditioning)
-    per_piece = counter.get_total_flops() * preset.diffusion.steps
-    audio_seconds = num_frames * HOP_LENGTH / SAMPLE_RATE_24K
+def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches: bytes read per second by a matrix times a vector, operations of square matrices."""
+    width = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(width, width, device=device, dtype=dtype)
+    tall = torch.randn(64 * 1024, 1024, device=device, dtype=dtype)
+    vector = torch.randn(1024, device=device, dtype=dtype)
     return {
-        "gib_of_weights_read_per_code": read / 2**30,
-        "diffusion_tflop_per_audio_second": per_piece / audio_seconds / 1e12,
+        "bytes_per_second": tall.numel() * tall.element_size() / best_seconds(lambda: tall @ vector, device),
+        "operations_per_second": 2 * width**3 / best_seconds(lambda: square @ square, device),
+    }
+
+
+@torch.inference_mode()
+def floor(chain: Chain, preset: Preset, num_frames: int, num_pieces: int, limits: dict[str, float]) -> dict[str, float]:
+    """What can't be saved, and the seconds it takes at the device's limits."""
+    codes = preset.sampling.max_codes
+    with chain.shelf.use("gpt") as gpt:
+        weights = [p for part in (gpt.gpt, gpt.mel_head) for p in part.parameters()]
+        most = rows_at_once(chain.gpt_config, 3 + 100 + codes, gpt.dtype, chain.shelf)
+    read = sum(weight.numel() * weight.element_size() for weight in weights)
+    operations = 2 * sum(weight.numel() for weight in weights)  # per row and code
+    batches, rest = divmod(preset.num_samples, most)
+    sampling = 0.0
+    for rows in [most] * batches + [rest] * bool(rest):
+        per_code = max(read / limits["bytes_per_second"], rows * operations / limits["operations_per_second"])
+        sampling += num_pieces * codes * per_code
+    branches = 2 if preset.diffusion.guidance else 1
+    with chain.shelf.use("diffusion") as diffusion, FlopCounterMode(display=False) as counter:
+        shapes = ((branches, 100, num_frames), (branches, diffusion.config.hidden_size, num_frames))
+        mel, conditioning = (torch.zeros(shape, device=diffusion.device, dtype=diffusion.dtype) for shape in shapes)
+        diffusion(mel, torch.zeros(branches, device=diffusion.device), conditioning)
+    per_piece = counter.get_total_flops() * preset.diffusion.steps
+    return {
+        "bytes_of_weights_read_per_code": read,
+        "diffusion_operations_per_audio_second": per_piece / (num_frames * HOP_LENGTH / SAMPLE_RATE_24K),
+        "sample_seconds": sampling,
+        "mel_seconds": num_pieces * per_piece / limits["operations_per_second"],
     }
 
 
@@ -116,10 +125,49 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peaks
 
 
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    """Speak with the models in a folder and write down what it took."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    numbers = {"num_samples": args.num_samples, "steps": args.steps, "sampler": args.sampler}
+    preset = choose_preset(args.preset, max_codes=args.codes, **numbers)
+    started = time.perf_counter()
+    voice = Voice.from_pretrained(
+        folder / "voice", weights_dir=folder / "chain", device=device, dtype=dtype, low_memory=args.low_memory
+    )
+    voice.speak("Hello.", preset=choose_preset("single_sample", num_samples=2, steps=2, max_codes=8))
+    loading = time.perf_counter() - started
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    stages = timed_stages(voice.chain, device)
+    started, first, audio = time.perf_counter(), 0.0, 0.0
+    for speech in voice.stream("\n\n".join([TEXT] * args.pieces), preset=preset):
+        first = first or time.perf_counter() - started
+        audio += speech.seconds
+    total = time.perf_counter() - started
+    peaks = peak_memory(device)
+    limits = device_limits(device, dtype)
+    num_frames = args.codes * FRAMES_PER_CODE * SAMPLE_RATE_24K // SAMPLE_RATE
+    least = floor(voice.chain, preset, num_frames, args.pieces, limits)
+    return {
+        "settings": {**{key: str(value) for key, value in vars(args).items()}, "threads": torch.get_num_threads()},
+        "audio_seconds": audio,
+        "total_seconds": total,
+        "real_time_factor": total / audio,
+        "first_sound_seconds": first,
+        "loading_and_warm_up_seconds": loading,
+        "stage_seconds_per_audio_second": {name: stages[name] / audio for name in STAGES},
+        "peak_gib": peaks,
+        "device_limits": limits,
+        "floor": least,
+        "share_of_the_floor": {name: least[f"{name}_seconds"] / stages[name] for name in ("sample", "mel")},
+    }
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print, and give the numbers back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("small", "released"), default="small")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--models", type=Path, help="folder of random_models.py; left out: one is made and deleted")
     parser.add_argument("--preset", default="single_sample")
     parser.add_argument("--num_samples", type=int)
     parser.add_argument("--steps", type=int)
@@ -132,37 +180,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     args = parser.parse_args(argv)
     logging.getLogger("tortoise_hf.speech").setLevel(logging.ERROR)  # every row is cut off, on purpose
-
-    device = torch.device(args.device)
-    voice = random_voice(args.size, device, getattr(torch, args.dtype), args.low_memory)
-    numbers = {"num_samples": args.num_samples, "steps": args.steps, "sampler": args.sampler}
-    preset = choose_preset(args.preset, max_codes=args.codes, **numbers)
-    text = "\n\n".join([TEXT] * args.pieces)
-
-    warm_up = choose_preset("single_sample", num_samples=2, steps=2, max_codes=8)
-    started = time.perf_counter()
-    voice.speak("Hello.", preset=warm_up)
-    loading = time.perf_counter() - started
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    stages = timed_stages(voice.chain, device)
-    started, first, audio = time.perf_counter(), 0.0, 0.0
-    for speech in voice.stream(text, preset=preset):
-        first = first or time.perf_counter() - started
-        audio += speech.seconds
-    total = time.perf_counter() - started
-
-    result = {
-        "settings": {**{key: str(value) for key, value in vars(args).items()}, "threads": torch.get_num_threads()},
-        "audio_seconds": audio,
-        "total_seconds": total,
-        "real_time_factor": total / audio,
-        "first_sound_seconds": first,
-        "loading_and_warm_up_seconds": loading,
-        "stage_seconds_per_audio_second": {name: stages[name] / audio for name in STAGES},
-        "peak_gib": peak_memory(device),
-        "floor": floor(voice.chain, preset, args.codes * 4 * SAMPLE_RATE_24K // SAMPLE_RATE),
-    }
+    with ExitStack() as stack:
+        folder = args.models
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tortoise_hf_random_")))
+            random_models.write_in_another_process(folder, "--size", args.size)
+        result = measure(args, folder)
     print(json.dumps(result, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -2,9 +2,10 @@
 
     python scripts/speak.py --voice exports/my_voice "Hello." --out hello.wav
 
-The voice is a folder, a run, a user/name on the Hub or a .pth file; the text is the argument, --file or standard input.
---preview makes a rough sound with the voice's own files alone; without it the released models of the chain are fetched
-once. --stream writes each sentence as soon as it is done; with --out - the sound goes to standard output, for a player:
+The voice is a folder, a run, a user/name (or user/name@revision) on the Hub, or a .pth file; the text is the argument,
+--file or standard input. --preview makes a rough sound with the voice's own files alone; without it the released models
+of the chain are fetched once. --stream writes each sentence as soon as it is done; with --out - the sound goes to
+standard output, for a player:
 
     python scripts/speak.py --voice exports/my_voice --file book.txt --stream --out - | ffplay -nodisp -autoexit -
 """
@@ -16,9 +17,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tortoise_hf.cli import run
 from tortoise_hf.errors import UserError
+
+if TYPE_CHECKING:
+    from tortoise_hf.voice import Speech
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     quality = parser.add_argument_group("quality and speed")
     quality.add_argument("--preset", default="fast", help="single_sample, ultra_fast, very_fast, fast, standard, ...")
     quality.add_argument("--num_samples", type=int, help="rows of codes to choose from")
+    quality.add_argument(
+        "--num_results", type=int, help="write so many of the best ones: speech-1.wav, speech-2.wav, ..."
+    )
     quality.add_argument("--steps", type=int, help="diffusion steps")
     quality.add_argument("--sampler", choices=("ancestral", "ddim", "dpm++2m"), help="of the diffusion model")
     quality.add_argument("--temperature", type=float, help="of the codes; 0 for the likeliest")
@@ -64,6 +72,9 @@ def speak(args: argparse.Namespace) -> None:
 
     if args.out != "-":
         check_kind(Path(args.out))
+    streamed = args.stream or args.out == "-"
+    if streamed and args.num_results is not None:
+        raise UserError("Several results can't be streamed; leave --num_results out, or give a file as --out.")
     text = read_text(args)
     options = {name: getattr(args, name) for name in ("num_samples", "steps", "sampler", "temperature", "max_codes")}
     preset = choose_preset(args.preset, **options)
@@ -80,19 +91,28 @@ def speak(args: argparse.Namespace) -> None:
     )
     started = time.perf_counter()
     pieces = voice.pieces(text)
-    total = len(pieces) * (1 if args.preview else preset.num_samples + preset.diffusion.steps)
+    results = args.num_results or 1
+    total = len(pieces) * (1 if args.preview else preset.num_samples + results * preset.diffusion.steps)
     with progress_bar(total) as report:
         settings = {"preset": preset, "seed": args.seed, "preview": args.preview, "progress": report}
-        if args.stream or args.out == "-":
+        if streamed:
             target = sys.stdout.buffer if args.out == "-" else Path(args.out)
-            seconds = write_speeches(voice.stream(text, **settings), target)
+            written = {args.out: write_speeches(voice.stream(text, **settings), target)}
         else:
-            speech = voice.speak(text, **settings)
-            speech.save(args.out)
-            seconds = speech.seconds
+            spoken = voice.speak(text, num_results=args.num_results, **settings)
+            speeches = {args.out: spoken} if args.num_results is None else name_results(Path(args.out), spoken)
+            for path, speech in speeches.items():
+                speech.save(path)
+            written = {path: speech.seconds for path, speech in speeches.items()}
     spent = time.perf_counter() - started
     kind = "a preview of " if args.preview else ""
-    print(f"{args.out}: {kind}{seconds:.1f} s of speech in {spent:.1f} s", file=sys.stderr)
+    for path, seconds in written.items():
+        print(f"{path}: {kind}{seconds:.1f} s of speech in {spent:.1f} s", file=sys.stderr)
+
+
+def name_results(path: Path, speeches: Sequence[Speech]) -> dict[Path, Speech]:
+    """A file for each of several results, the best first: speech-1.wav, speech-2.wav, ..."""
+    return {path.with_stem(f"{path.stem}-{place}"): speech for place, speech in enumerate(speeches, start=1)}
 
 
 def read_text(args: argparse.Namespace) -> str:

@@ -243,37 +243,56 @@ class Chain:
         with self.shelf.use("vocoder") as vocoder:
             return vocode(vocoder, mel, generator=generator)[0].cpu()
 
+    def best_codes(
+        self,
+        texts: list[str],
+        latents: VoiceLatents,
+        preset: Preset,
+        seed: int,
+        progress: Progress | None = None,
+        num_results: int = 1,
+    ) -> list[torch.Tensor]:
+        """Of each text the sampled rows that CLVP likes best, (num_results, C), best first; STOP from each end on."""
+        every_ids = [self.text_ids(text) for text in texts]
+        sampled = self.sample(every_ids, latents, preset, seed, progress)
+        if preset.num_samples > 1:
+            stop = self.gpt_config.stop_mel_id
+            with self.shelf.use("clvp"):
+                scores = [self.rank(ids, clean_codes(rows, stop)) for ids, rows in zip(every_ids, sampled, strict=True)]
+            chosen = [rows[each.topk(num_results).indices] for rows, each in zip(sampled, scores, strict=True)]
+        else:
+            chosen = list(sampled)
+        for text, rows in zip(texts, chosen, strict=True):
+            for row in rows:
+                self._warn_if_cut_off(text, row)
+        return chosen
+
     def codes(
         self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
     ) -> list[torch.Tensor]:
         """What is spoken of each text: the sampled row that CLVP likes best, (C,); STOP from its end on."""
-        every_ids = [self.text_ids(text) for text in texts]
-        sampled = self.sample(every_ids, latents, preset, seed, progress)
-        best = [0] * len(sampled)
-        if preset.num_samples > 1:
-            stop = self.gpt_config.stop_mel_id
-            with self.shelf.use("clvp"):
-                best = [
-                    int(self.rank(ids, clean_codes(rows, stop)).argmax())
-                    for ids, rows in zip(every_ids, sampled, strict=True)
-                ]
-        chosen = [rows[index] for rows, index in zip(sampled, best, strict=True)]
-        for text, row in zip(texts, chosen, strict=True):
-            self._warn_if_cut_off(text, row)
-        return chosen
+        return [rows[0] for rows in self.best_codes(texts, latents, preset, seed, progress)]
 
     def speak(
-        self, texts: list[str], latents: VoiceLatents, preset: Preset, seed: int, progress: Progress | None = None
-    ) -> list[torch.Tensor]:
-        """Say each text, stage by stage: (S,) samples at 24,000 Hz for each.
+        self,
+        texts: list[str],
+        latents: VoiceLatents,
+        preset: Preset,
+        seed: int,
+        progress: Progress | None = None,
+        num_results: int = 1,
+    ) -> list[list[torch.Tensor]]:
+        """Say each text, stage by stage: of each its best results, best first, (S,) samples at 24,000 Hz.
 
         A text's result doesn't depend on the others; together they load each model once where memory is short.
 
         Raises: UserError: if the voice lacks a latent, or the GPT doesn't fit the other models.
         """
         self.check(latents)
-        rows = self.codes(texts, latents, preset, seed, progress)
-        return self.speak_codes(texts, rows, latents, preset, seed, progress)
+        rows = torch.cat(self.best_codes(texts, latents, preset, seed, progress, num_results))
+        repeated = [text for text in texts for _ in range(num_results)]
+        spoken = self.speak_codes(repeated, list(rows), latents, preset, seed, progress)
+        return [spoken[first : first + num_results] for first in range(0, len(spoken), num_results)]
 
     def speak_codes(
         self,

@@ -105,6 +105,7 @@ class Voice:
         cls,
         voice: str | Path = RELEASED_BASE,
         *,
+        revision: str | None = None,
         clips: str | Path | Sequence[str | Path] | None = None,
         latents: str | Path | Sequence[str | Path] | None = None,
         random: int | None = None,
@@ -119,6 +120,7 @@ class Voice:
         Args:
             voice: an export's folder, a run's folder, a repository on the Hub (`user/name`), a `.pth` or
                 `.safetensors` file in the published layout, or "released" for TorToiSe's own GPT.
+            revision: branch, tag or commit of a voice on the Hub; None takes the newest.
             clips: recordings of the speaker, or folders of them.
             latents: files from scripts/voice.py or tortoise-tts; of several the mean is taken.
             random: seed of a voice nobody has. Without these three the voice's own latents are used.
@@ -133,7 +135,7 @@ class Voice:
         device = choose_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        source = _locate(voice)
+        source = _locate(voice, revision)
         cfg = ModelConfig(base=str(source), weights_dir=None if weights_dir is None else str(weights_dir))
         try:
             files = resolve_base(cfg, dvae=False)
@@ -152,7 +154,7 @@ class Voice:
         parts = find_parts(wanted, weights_dir)
 
         loaders: dict[str, Callable[[], torch.nn.Module]] = {
-            "gpt": lambda: load_gpt(files),
+            "gpt": lambda: load_gpt(files, keep_mapped=True),
             "dvae": lambda: load_dvae(resolve_base(cfg)),
         }
         for name, path in parts.items():
@@ -187,30 +189,37 @@ class Voice:
         preset: str | Preset = "fast",
         seed: int = 0,
         preview: bool = False,
+        num_results: int | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> Any:
         """Say a text of any length, or each of several.
 
         Args:
-            text: what to say. Several texts are one batch: where memory is short, models are loaded once for all.
+            text: what to say. Several texts are one batch: their samples are drawn together, and where memory is short,
+                models are loaded once for all.
             preset: one of `speech.PRESETS`.
             seed: the same seed says it the same way.
             preview: make a rough sound of it without the chain's large models.
+            num_results: so many ways to say it, the best first, out of the preset's samples; None for the best alone.
             progress: told of finished samples and diffusion steps.
             options: `num_samples`, `steps`, `sampler`, `temperature`, `max_codes` in place of the preset's.
 
-        Returns: a `Speech`, or a list of them for several texts.
-        Raises: UserError: if there is nothing to say, or the preset or an option isn't known.
+        Returns: a `Speech`, or with `num_results` a list of so many; for several texts a list of those.
+        Raises: UserError: if there is nothing to say, or the preset or an option isn't known or makes no sense.
         """
         texts = [text] if isinstance(text, str) else list(text)
         chosen = preset if isinstance(preset, Preset) else choose_preset(preset, **options)
         pieces = [self.pieces(each) for each in texts]
-        spoken = iter(self._say([piece for group in pieces for piece in group], chosen, seed, preview, progress))
-        speeches = [
-            join_speech([next(spoken) for _ in group], group, each) for group, each in zip(pieces, texts, strict=True)
-        ]
-        return speeches[0] if isinstance(text, str) else speeches
+        count = _check_results(num_results, chosen, preview)
+        spoken = iter(self._say([piece for group in pieces for piece in group], chosen, seed, preview, progress, count))
+        results = []
+        for group, each in zip(pieces, texts, strict=True):
+            ways = zip(*(next(spoken) for _ in group), strict=True)
+            results.append([join_speech(way, group, each) for way in ways])
+        if num_results is None:
+            results = [ways[0] for ways in results]
+        return results[0] if isinstance(text, str) else results
 
     def stream(
         self,
@@ -234,7 +243,7 @@ class Voice:
         self, pieces: list[Piece], preset: Preset, seed: int, preview: bool, progress: Progress | None
     ) -> Iterator[Speech]:
         for index, piece in enumerate(pieces):
-            speech = self._say([piece], preset, seed, preview, progress)[0]
+            ((speech,),) = self._say([piece], preset, seed, preview, progress)
             pause = _pause(piece, index == len(pieces) - 1, speech.sample_rate)
             yield Speech(torch.cat([speech.waveform, pause]), speech.sample_rate, piece.text)
 
@@ -253,12 +262,38 @@ class Voice:
         return spoken
 
     def _say(
-        self, pieces: list[Piece], preset: Preset, seed: int, preview: bool, progress: Progress | None
-    ) -> list[Speech]:
+        self,
+        pieces: list[Piece],
+        preset: Preset,
+        seed: int,
+        preview: bool,
+        progress: Progress | None,
+        num_results: int = 1,
+    ) -> list[list[Speech]]:
         texts = [piece.text for piece in pieces]
-        say, rate = (self.chain.preview, SAMPLE_RATE) if preview else (self.chain.speak, SAMPLE_RATE_24K)
-        waveforms = say(texts, self.latents, preset, seed, progress)
-        return [Speech(waveform, rate, text) for waveform, text in zip(waveforms, texts, strict=True)]
+        if preview:
+            said = [[waveform] for waveform in self.chain.preview(texts, self.latents, preset, seed, progress)]
+        else:
+            said = self.chain.speak(texts, self.latents, preset, seed, progress, num_results)
+        rate = SAMPLE_RATE if preview else SAMPLE_RATE_24K
+        return [[Speech(way, rate, text) for way in ways] for ways, text in zip(said, texts, strict=True)]
+
+
+def _check_results(num_results: int | None, preset: Preset, preview: bool) -> int:
+    """How many results to make of each piece.
+
+    Raises: UserError: if there aren't that many.
+    """
+    if num_results is None:
+        return 1
+    if preview:
+        raise UserError("A preview is made of one sample; leave num_results or preview out.")
+    if not 1 <= num_results <= preset.num_samples:
+        raise UserError(
+            f"num_results must be between 1 and the number of samples, {preset.num_samples}, got {num_results}; give a "
+            f"larger num_samples to choose from."
+        )
+    return num_results
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -340,9 +375,13 @@ def _pause(piece: Piece, last: bool, sample_rate: int) -> torch.Tensor:
     return torch.zeros(int(seconds * sample_rate))
 
 
-def _locate(voice: str | Path) -> Path | str:
+def _locate(voice: str | Path, revision: str | None) -> Path | str:
     """The folder or file of a voice, fetched from the Hub if it is a repository there."""
     path = Path(voice).expanduser()
+    if revision is not None and (str(voice) == RELEASED_BASE or path.exists()):
+        raise UserError(
+            f"The revision {revision} can only be had of a voice on the Hub, and {voice} is none; leave it out."
+        )
     if str(voice) == RELEASED_BASE:
         return RELEASED_BASE
     if path.is_dir() and not (path / "config.json").is_file() and (path / EXPORT_FOLDER / "config.json").is_file():
@@ -360,7 +399,7 @@ def _locate(voice: str | Path) -> Path | str:
 
     if not is_hub_name(str(voice)):
         raise UserError(f"The voice {voice} is neither a folder, a weights file, nor a user/name on the Hub.")
-    return pull_voice(str(voice))
+    return pull_voice(str(voice), revision)
 
 
 def _stored_speaker(folder: Path | None, voice: str | Path) -> tuple[Path | None, Path | None]:

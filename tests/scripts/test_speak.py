@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -89,25 +90,77 @@ def test_preview(places, tmp_path):
     assert soundfile.info(tmp_path / "preview.wav").samplerate == 22_050
 
 
+def test_several_results_in_files(speak, tmp_path, capsys):
+    speak("Hello there.", "--random", "4", "--num_results", "2", "--out", tmp_path / "hello.wav")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hello-1.wav", "hello-2.wav"]
+    speak("Hello there.", "--random", "4", "--out", tmp_path / "best.wav")
+    assert (tmp_path / "best.wav").read_bytes() == (tmp_path / "hello-1.wav").read_bytes()
+    assert "hello-2.wav" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [
+        ("qzx" * 300, 0.7),  # one word of more than 400 ids: several pieces
+        ("🙂 Hello?! 🙂", 0.05),
+        ("The kettle is on, and nobody has noticed it yet. " * 205, 10),  # 10,045 characters
+    ],
+)
+def test_odd_texts_are_spoken(speak, tmp_path, text, seconds):
+    speak(text, "--random", "1", "--num_samples", "1", "--max_codes", "5", "--out", tmp_path / "odd.wav")
+    assert soundfile.info(tmp_path / "odd.wav").duration > seconds
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("",), "nothing to say"),
+        ((" ?! ... --",), "has no letters or digits"),
+        (("🙂🙂",), "has no letters or digits"),
         (("Hello.", "--preset", "best"), "no preset 'best'"),
         (("Hello.",), "doesn't say who speaks"),
         (("Hello.", "--latents", "nowhere.pth"), "no such file"),
+        (("Hello.", "--latents", "broken.pth"), "broken.pth is damaged"),
+        (("Hello.", "--latents", "broken.safetensors"), "broken.safetensors is damaged"),
         (("Hello.", "--clips", "nowhere"), "is not there"),
+        (("Hello.", "--voice", "nobody"), "neither a folder, a weights file, nor a user/name on the Hub"),
         (("Hello.", "--random", "1", "--out", "speech.xyz"), "name a .wav, .flac, .mp3 or .ogg file"),
         (("Hello.", "--random", "1", "--out", "speech.xyz", "--stream"), "name a .wav, .flac, .mp3 or .ogg file"),
         (("Hello.", "--file", "x.txt"), "not both"),
+        (("--file", "x.txt"), "x.txt can't be read"),
+        (("Hello.", "--random", "1", "--num_results", "3"), "the number of samples, 2, got 3"),
+        (("Hello.", "--random", "1", "--num_results", "2", "--stream"), "can't be streamed"),
     ],
 )
 def test_mistakes_are_sentences(speak, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    if arguments == ("",):
-        arguments = ("", "--random", "1")
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"no latents")
+    if message in ("nothing to say", "has no letters or digits"):
+        arguments = (*arguments, "--random", "1")
+    assert_refused(lambda: speak(*arguments), message, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("config.json", "its config.json"),
+        ("tokenizer.json", "tokenizer.json"),
+        ("mel_norms.safetensors", "mel_norms.pth"),
+        ("model.safetensors", "no weights"),
+    ],
+)
+def test_a_voice_without_one_of_its_files(speak, places, tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copytree(places / "voice", tmp_path / "voice")
+    (tmp_path / "voice" / name).unlink()
+    assert_refused(lambda: speak("Hello.", "--random", "1", "--voice", tmp_path / "voice"), message, capsys)
+
+
+def assert_refused(call, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        speak(*arguments)
+        call()
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert message in error

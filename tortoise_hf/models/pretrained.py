@@ -231,13 +231,15 @@ def _read_config(path: Path, config_class: type[Any]) -> Any:
         raise UserError(f"{path} is not a usable {config_class.model_type} config: {error}") from error
 
 
-def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0) -> TortoiseGPT:
+def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0, *, keep_mapped: bool = False) -> TortoiseGPT:
     """The GPT of a base in float32 on the CPU, in evaluation mode.
 
     Args:
         files: from `resolve_base`. Where its two tokenizers differ, text rows are mapped and the mapping is logged.
         from_scratch: random weights of the base's size, with text rows for `files.tokenizer`.
         seed: of the random weights; the global random state is left as it was.
+        keep_mapped: leave float32 weights mapped from the file instead of copying them, which halves the memory; for
+            speaking, because the file must stay as it is meanwhile.
 
     Raises: UserError: if the weights don't fill the model exactly (see `check_weights`) or can't be read, or the DVAE's
         codes aren't the model's.
@@ -252,7 +254,7 @@ def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0) -> Tor
             return TortoiseGPT(config).eval()
     config, weights = load_base_weights(files)
     _check_codes(files, config)
-    return build_gpt(config, weights)
+    return build_gpt(config, weights, keep_mapped)
 
 
 def load_base_weights(files: BaseFiles) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
@@ -301,12 +303,17 @@ def _check_codes(files: BaseFiles, config: GPTConfig) -> None:
         )
 
 
-def build_gpt(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> TortoiseGPT:
-    """A GPT in evaluation mode that holds copies of these weights, in float32 on the CPU; names must fit exactly."""
+def build_gpt(config: GPTConfig, weights: Mapping[str, torch.Tensor], keep_mapped: bool = False) -> TortoiseGPT:
+    """A GPT in evaluation mode that holds these weights, in float32 on the CPU; names must fit exactly.
+
+    It holds copies of them, or with `keep_mapped` the tensors themselves where they are float32 already.
+    """
     # Random initialisation would take longer than reading the file, and every value is overwritten.
     with initialization.no_init_weights():
         model = TortoiseGPT(config)
-    model.load_state_dict(weights, strict=True)
+    if keep_mapped:
+        weights = {key: tensor.float() for key, tensor in weights.items()}
+    model.load_state_dict(weights, strict=True, assign=keep_mapped)
     return model.eval()
 
 
