@@ -4,6 +4,8 @@
         hub.put("owner/name", "folder/file.bin", b"...")
         hf_hub_download("owner/name", "folder/file.bin", endpoint=hub.url, cache_dir=tmp_path)
 
+As a program it serves until Ctrl-C, for trying out pushes and pulls without the Hub: `python tests/hub_server.py`.
+
 Large files go the ways they go on the Hub: LFS (one part or several) or xet (`hub_xet.py`) up; a redirect to another
 host, with the sha256 as linked ETag, down. Datasets are repositories named `datasets/owner/name`. Without `accounts`
 everybody may do everything. `faults` makes requests go wrong. Routes are methods named `on_<METHOD>_<what>`.
@@ -11,10 +13,12 @@ everybody may do everything. `faults` makes requests go wrong. Routes are method
 
 from __future__ import annotations
 
-import base64
+import argparse
+import contextlib
 import hashlib
 import json
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +28,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from hub_http import Fault, Handler
-from hub_repository import LFS_SUFFIXES, Repository, card_tags, git_oid, is_lfs
+from hub_repository import Repository, card_tags, git_oid, is_lfs
+from hub_transfer import Transfers
 from hub_xet import XetStore
 
 REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
@@ -40,10 +45,11 @@ class Account:
     orgs: tuple[str, ...] = ()
 
 
-class HubServer:
+class HubServer(Transfers):
     """The server; `url` is its endpoint. `requests` lists (method, path) of every request it got."""
 
-    def __init__(self):
+    def __init__(self, port: int = 0):
+        """Listen on a port of loopback; 0 takes a free one."""
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.broken: dict[str, int] = {}
@@ -86,7 +92,7 @@ class HubServer:
             (re.compile(r"^/xet/(?P<rest>.+)$"), "xet"),
         ]
         handler = type("Handler", (Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -293,92 +299,6 @@ class HubServer:
                 entry["xetHash"] = self.xet.files_by_sha256[sha256]
         return entry
 
-    # Upload
-
-    def on_POST_preupload(self, request: Handler, repo: str, revision: str):
-        if not self.may_write(request, repo):
-            return request.refuse(403, "")
-        found = self._snapshot(request, repo, revision)
-        if found is None:
-            return None
-        files = []
-        for wanted in json.loads(request.body)["files"]:
-            path, there = wanted["path"], found[1].get(wanted["path"])
-            lfs = (path.endswith(LFS_SUFFIXES) or wanted["size"] > 10_000_000) and wanted["size"] > 0
-            file = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-            if there is not None:
-                file["oid"] = self.sha256(path, there) if lfs else git_oid(there)
-            files.append(file)
-        return request.answer_json(200, {"files": files})
-
-    def on_POST_lfs_batch(self, request: Handler, repo: str):
-        if not self.may_write(request, repo):
-            return request.refuse(403, "")
-        objects, transfer = [], "basic"
-        for wanted in json.loads(request.body)["objects"]:
-            oid, size = wanted["oid"], wanted["size"]
-            answer = {"oid": oid, "size": size}
-            if oid not in self.objects:
-                href, header = f"{self.url}/lfs/{oid}", {}
-                if size > self.part_bytes:
-                    transfer = "multipart"
-                    count = -(-size // self.part_bytes)
-                    header = {"chunk_size": str(self.part_bytes)}
-                    header |= {f"{part:05}": f"{href}/{part}" for part in range(1, count + 1)}
-                answer["actions"] = {"upload": {"href": href, "header": header}}
-            objects.append(answer)
-        return request.answer_json(200, {"transfer": transfer, "objects": objects})
-
-    def on_PUT_lfs(self, request: Handler, sha256: str, part: str | None):
-        if part is not None:
-            self.parts.setdefault(sha256, {})[int(part)] = request.body
-            return request.answer(200, b"", {"ETag": f'"{part}"'})
-        return self._keep(request, sha256, request.body)
-
-    def on_POST_lfs(self, request: Handler, sha256: str, part: str | None):
-        parts = self.parts.pop(sha256)
-        wanted = [entry["partNumber"] for entry in json.loads(request.body)["parts"]]
-        return self._keep(request, sha256, b"".join(parts[number] for number in wanted))
-
-    def _keep(self, request: Handler, sha256: str, data: bytes):
-        if hashlib.sha256(data).hexdigest() != sha256:
-            return request.refuse(400, "")
-        self.objects[sha256] = data
-        return request.answer(200, b"")
-
-    def on_POST_commit(self, request: Handler, repo: str, revision: str):
-        if not self.may_write(request, repo):
-            return request.refuse(403, "")
-        found = self._snapshot(request, repo, revision)
-        if found is None:
-            return None
-        with self.lock:  # one commit at a time, whole or not at all
-            repository = self.repositories[repo]
-            head = repository.branches[revision]
-            files, title = dict(repository.snapshots[head]), ""
-            for line in request.body.decode().splitlines():
-                key, value = (entry := json.loads(line))["key"], entry["value"]
-                if key == "header":
-                    title = value["summary"]
-                    if value.get("parentCommit") not in (None, head):
-                        return request.refuse(412, "")
-                elif key == "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                elif key == "lfsFile":
-                    content = self.objects.get(value["oid"]) or self.xet.content(value["oid"])
-                    if content is None:
-                        return request.refuse(400, "")
-                    files[value["path"]] = content
-                elif key == "deletedFile":
-                    if files.pop(value["path"], None) is None:
-                        return request.refuse(404, "EntryNotFound")
-                else:
-                    start = value["path"].rstrip("/") + "/"
-                    files = {path: data for path, data in files.items() if not path.startswith(start)}
-            commit = repository.commit(files, revision, title=title)
-        answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.url}/{repo}/commit/{commit}"}
-        return request.answer_json(200, answer | {"hookOutput": ""})
-
     # Xet
 
     def on_GET_xet_token(self, request: Handler, repo: str, use: str, revision: str):
@@ -394,39 +314,6 @@ class HubServer:
 
     on_POST_xet = on_GET_xet
 
-    # Download
-
-    def on_HEAD_resolve(self, request: Handler, repo: str, revision: str, path: str):
-        found = self._find(request, repo, revision, path)
-        if found is None:
-            return None
-        commit, data = found
-        if not is_lfs(path, data):
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{git_oid(data)}"', "Accept-Ranges": "bytes"}
-            return request.answer(200, self.served.get(path, data), headers)
-        # Another host name than the endpoint's, as on the Hub: the client must not follow it for a HEAD.
-        sha256 = self.sha256(path, data)
-        headers = {"X-Repo-Commit": commit, "Location": f"http://localhost:{self.port}/blob/{repo}/{commit}/{path}"}
-        headers |= {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
-        if sha256 in self.xet.files_by_sha256:
-            kind, name = ("datasets", repo[9:]) if repo.startswith("datasets/") else ("models", repo)
-            route = f"{self.url}/api/{kind}/{name}/xet-read-token/{commit}"
-            headers |= {"X-Xet-Hash": self.xet.files_by_sha256[sha256], "Link": f'<{route}>; rel="xet-auth"'}
-        return request.answer(302, b"", headers)
-
-    on_GET_resolve = on_HEAD_resolve
-
-    def on_GET_blob(self, request: Handler, repo: str, revision: str, path: str):
-        data = self.served.get(path, self.repositories[repo].snapshots[revision][path])
-        span = re.match(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if span:
-            first, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
-            headers = {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
-            return request.answer(206, data[first : last + 1], headers)
-        return request.answer(200, data, {"Accept-Ranges": "bytes"})
-
-    on_HEAD_blob = on_GET_blob
-
     def _snapshot(self, request: Handler, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         if self.refuse_reader(request, repo):
             return None
@@ -440,3 +327,26 @@ class HubServer:
             return None
         commit, files = found
         return (commit, files[path]) if path in files else request.refuse(404, "EntryNotFound")
+
+
+def main() -> None:
+    """Serve an empty Hub until Ctrl-C."""
+    parser = argparse.ArgumentParser(description="A Hub on loopback, kept in memory until Ctrl-C.")
+    parser.add_argument("--port", type=int, default=8000, help="(8000)")
+    parser.add_argument("--user", default="me", help="whose token is printed (me)")
+    args = parser.parse_args()
+    try:
+        hub = HubServer(args.port)
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"error: port {args.port} can't be had ({error}); give another --port.") from error
+    with hub:
+        token = f"hf_{secrets.token_hex(17)}"
+        hub.accounts = {token: Account(args.user)}
+        print(f"A Hub for {args.user}, empty and forgotten at Ctrl-C. In another terminal:")
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={token} HF_HOME=$(mktemp -d)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
