@@ -78,7 +78,7 @@ def test_space_counts_what_is_there(tmp_path, monkeypatch):
     # A push in flight and one that waits keep weights and checkpoints from being deleted.
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50_000_000_000})())
     pushing = HubConfig(repo_id="me/voice", push="best")
-    assert "checkpoints, export and pushes take up to 28.67 GB" in check_space(
+    assert "checkpoints, export and pushes take up to 28.66 GB" in check_space(
         tmp_path, 421_526_786, "full", 2, *held_by_pushes(pushing)
     )
     assert held_by_pushes(HubConfig(repo_id="me/voice")) == (0, 0)  # the finished voice is the export
