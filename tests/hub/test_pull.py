@@ -345,7 +345,7 @@ def test_a_byte_flipped_in_a_compressed_xet_chunk_is_noticed(hub, export, reposi
         env=os.environ | {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
     )
     assert done.returncode == 1
     assert "Files of me/stored could not be transferred (RuntimeError" in done.stderr
