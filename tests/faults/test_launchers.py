@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -52,7 +53,16 @@ def processes_with(word):
     return found
 
 
-def wait_for(condition, seconds=90):
+@pytest.fixture(autouse=True)
+def _leave_no_process(tmp_path):
+    """A test that fails half-way must not leave a run of 100,000 steps behind."""
+    yield
+    for pid in processes_with(str(tmp_path)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=200):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it didn't come to that"
