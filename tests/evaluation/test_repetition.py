@@ -52,8 +52,8 @@ def test_frames_of_another_rate():
 
 def test_the_limit_is_what_recordings_hardly_reach():
     assert choose_limit([]) == 8
-    assert choose_limit([0, 1, 1, 2]) == 4
-    assert choose_limit([2] * 20 + [7]) == 8
-    recordings = [3] * 150 + [5] * 49 + [20]
-    assert choose_limit(recordings) == 6
-    assert sum(length >= 6 for length in recordings) / len(recordings) <= 0.01
+    assert choose_limit([0, 1, 1, 2]) == 8
+    assert choose_limit([2] * 20 + [9]) == 10
+    recordings = [3] * 150 + [11] * 49 + [20]
+    assert choose_limit(recordings) == 12
+    assert sum(length >= 12 for length in recordings) / len(recordings) <= 0.01

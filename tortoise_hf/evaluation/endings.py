@@ -26,7 +26,7 @@ class LengthModel:
 
     @classmethod
     def fit(cls, texts: Sequence[str], seconds: Sequence[float]) -> LengthModel:
-        """Least squares of the relative error.
+        """Least squares.
 
         Args:
             texts: (N,) transcripts.
@@ -35,8 +35,7 @@ class LengthModel:
         letters, measured = np.array([num_letters(text) for text in texts], float), np.array(seconds, float)
         if len(letters) >= _FEWEST_FOR_A_LINE and np.ptp(letters) > 0:
             columns = np.stack([letters, np.ones(len(letters))], axis=1)
-            # Weighted by 1 / length, since it is the relative error that counts.
-            (slope, besides), *_ = np.linalg.lstsq(columns / measured[:, None], np.ones(len(letters)), rcond=None)
+            (slope, besides), *_ = np.linalg.lstsq(columns, measured, rcond=None)
             if slope > 0 and besides >= 0:
                 return cls(float(slope), float(besides))
         return cls(float(measured.sum() / letters.sum()), 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import soundfile
 
+from tortoise_hf.audio import SAMPLE_RATE, num_codes
 from tortoise_hf.errors import UserError
 from tortoise_hf.evaluation.endings import LengthModel
 from tortoise_hf.evaluation.recognition import Recognizer, word_errors
@@ -17,7 +18,13 @@ from tortoise_hf.evaluation.recordings import Recording, Recordings
 from tortoise_hf.evaluation.repetition import choose_limit, longest_repetition
 from tortoise_hf.evaluation.report import Check, Column, Evaluation, Spoken
 from tortoise_hf.evaluation.speaker_similarity import SpeakerJudge, SpeakerMeasure
-from tortoise_hf.evaluation.speaking import Utterance, encode_recordings, resynthesize, speak_texts
+from tortoise_hf.evaluation.speaking import (
+    SECONDS_PER_CODE,
+    Utterance,
+    encode_recordings,
+    resynthesize,
+    speak_texts,
+)
 from tortoise_hf.speech import Preset, Progress
 from tortoise_hf.voice import Voice
 
@@ -123,7 +130,10 @@ def _keep_company(task: Task, voice: Voice, say: Callable[[str], None]) -> tuple
             {name: each[: learnt[name]][:ENROLLED_CLIPS] for name, each in heard.items()},
             {name: each[learnt[name] :] for name, each in heard.items()},
         )
-    lengths = LengthModel.fit([clip.text for clip in known], [clip.seconds for clip in known])
+    in_codes = [
+        num_codes(int(clip.seconds * SAMPLE_RATE)) * SECONDS_PER_CODE for clip in known
+    ]  # as outputs are counted
+    lengths = LengthModel.fit([clip.text for clip in known], in_codes)
     unseen = originals[TARGET][learnt[TARGET] :]
     say(f"Makes the codes of {len(unseen):,} recordings heard")
     company = {

@@ -98,7 +98,7 @@ class TransformersRecognizer:
             self._pipeline = pipeline("automatic-speech-recognition", model=model_id, device=device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"The recogniser {model_id} can't be loaded ({first_line(error)}). Without a network, name a folder "
+                f"The recogniser {model_id} can't be loaded ({first_sentence(error)}). Without a network, name a folder "
                 "that holds one, or take --asr pocketsphinx, which brings its model along."
             ) from error
         self._rate = self._pipeline.feature_extractor.sampling_rate
@@ -199,9 +199,9 @@ def word_errors(texts: Sequence[str], transcripts: Sequence[str], seed: int = 0)
     )
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def first_sentence(error: Exception) -> str:
+    """The first sentence of what an exception says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
 
 
 def _words_not_known(grammar: Path | None) -> str:

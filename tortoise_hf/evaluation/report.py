@@ -136,7 +136,7 @@ class Evaluation:
             ("  95 % interval", lambda column: column.words and "{:.1%} to {:.1%}".format(*column.words.interval)),
             ("  by guessing", lambda column: column.words and column.words.chance and f"{column.words.chance:.0%}"),
             ("like the speaker", lambda column: column.speaker and f"{column.speaker.similarity:.2f}"),
-            ("  of all voices most", lambda column: column.speaker and _share(column.speaker.nearest_is_target)),
+            ("  nearest of all voices", lambda column: column.speaker and _share(column.speaker.nearest_is_target)),
             ("ended by itself", lambda column: _share(column.ended)),
             (f"as long as expected ± {TOLERANCE:.0%}", lambda column: _share(column.as_long_as_expected)),
             ("repeats itself", lambda column: _share(column.repeated)),
