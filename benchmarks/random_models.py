@@ -83,9 +83,9 @@ def write_models(folder: Path, size: str) -> None:
     save_latents(speaker, voice / "latents.safetensors")
 
 
-def write_in_another_process(folder: Path, *arguments: str, script: str = __file__) -> None:
+def write_in_another_process(folder: Path, size: str) -> None:
     """Write models without their ever having been in this process's memory, which is to be measured."""
-    subprocess.run([sys.executable, script, str(folder), *arguments], check=True)
+    subprocess.run([sys.executable, __file__, str(folder), "--size", size], check=True)
 
 
 def main(argv: list[str] | None = None) -> None:

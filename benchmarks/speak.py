@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tortoise_hf.audio import HOP_LENGTH, SAMPLE_RATE, SAMPLE_RATE_24K
 from tortoise_hf.models.dvae import FRAMES_PER_CODE
-from tortoise_hf.speech import Chain, Preset, choose_preset, rows_at_once
+from tortoise_hf.presets import Preset, choose_preset
+from tortoise_hf.speech import Chain, rows_at_once
 from tortoise_hf.voice import Voice
 
 STAGES = ("sample", "rank", "latents", "mel", "waveform")
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict:
         folder = args.models
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tortoise_hf_random_")))
-            random_models.write_in_another_process(folder, "--size", args.size)
+            random_models.write_in_another_process(folder, args.size)
         result = measure(args, folder)
     print(json.dumps(result, indent=2))
     if args.json is not None:

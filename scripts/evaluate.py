@@ -90,8 +90,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from tortoise_hf.evaluation.recordings import voices_in
     from tortoise_hf.evaluation.report import REPORT_FILE
     from tortoise_hf.evaluation.speaker_similarity import load_measure
+    from tortoise_hf.presets import choose_preset
     from tortoise_hf.progress import progress_bar
-    from tortoise_hf.speech import choose_preset
     from tortoise_hf.voice import choose_device
 
     folder = choose_folder(args)

@@ -23,7 +23,7 @@ from tortoise_hf.cli import run
 from tortoise_hf.errors import UserError
 
 if TYPE_CHECKING:
-    from tortoise_hf.voice import Speech
+    from tortoise_hf.sound import Speech
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,9 +66,10 @@ def speak(args: argparse.Namespace) -> None:
     """Torch loads only here, so `--help` answers at once."""
     import torch
 
+    from tortoise_hf.presets import choose_preset
     from tortoise_hf.progress import progress_bar
-    from tortoise_hf.speech import choose_preset
-    from tortoise_hf.voice import Voice, check_kind, write_speeches
+    from tortoise_hf.sound import check_kind, write_speeches
+    from tortoise_hf.voice import Voice
 
     if args.out != "-":
         check_kind(Path(args.out))

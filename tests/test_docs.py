@@ -254,7 +254,7 @@ def test_its_numbers_are_the_plans():
 def test_other_numbers_are_the_programs():
     from tortoise_hf.config import DataConfig
     from tortoise_hf.machine import PREPARE_TIMEOUT, STEP_TIMEOUT
-    from tortoise_hf.speech import PRESETS
+    from tortoise_hf.presets import PRESETS
 
     assert STEP_TIMEOUT.total_seconds() == 15 * 60
     assert "15 minutes" in TROUBLE

@@ -12,7 +12,8 @@ from tortoise_hf.audio import LogMel, load_waveform
 from tortoise_hf.errors import UserError
 from tortoise_hf.latents import VoiceLatents
 from tortoise_hf.models.gpt import GPTConfig
-from tortoise_hf.speech import PRESETS, Chain, ModelShelf, choose_preset, griffin_lim, rows_at_once
+from tortoise_hf.presets import PRESETS, choose_preset
+from tortoise_hf.speech import Chain, ModelShelf, griffin_lim, rows_at_once
 
 
 def test_griffin_lim_gives_the_mel_back():

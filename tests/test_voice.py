@@ -18,8 +18,9 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.latents import VoiceLatents, load_latents, save_latents
 from tortoise_hf.models.checkpoint_formats import published_state_dict, write_published
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
-from tortoise_hf.speech import PRESETS
-from tortoise_hf.voice import PARAGRAPH_PAUSE, SENTENCE_PAUSE, Voice, write_speeches
+from tortoise_hf.presets import PRESETS
+from tortoise_hf.sound import PARAGRAPH_PAUSE, SENTENCE_PAUSE, write_speeches
+from tortoise_hf.voice import Voice
 
 QUICK = {"preset": "single_sample", "num_samples": 3, "steps": 3, "max_codes": 40}
 LONG = "The kettle is on. A dog barked at noon. " * 12

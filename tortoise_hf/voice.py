@@ -6,33 +6,20 @@ in the published layout) and the latents of a speaker: stored beside the GPT, ma
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import soundfile
 import torch
 
 from tortoise_hf.audio import SAMPLE_RATE, SAMPLE_RATE_24K
 from tortoise_hf.config import ModelConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.latents import (
-    AUDIO_SUFFIXES,
-    CLIPS_FOLDER,
-    LATENTS_NAME,
     VoiceLatents,
-    average_latents,
     diffusion_latent,
     find_clips,
-    gpt_latent,
-    load_latents,
-    random_latent,
     save_latents,
 )
 from tortoise_hf.models.chain import find_parts, load_part, part_config
@@ -44,48 +31,14 @@ from tortoise_hf.models.pretrained import (
     load_tokenizer,
     resolve_base,
 )
+from tortoise_hf.presets import Preset, choose_preset
 from tortoise_hf.sentences import Piece, split_text
-from tortoise_hf.speech import Chain, ModelShelf, Preset, Progress, choose_preset
+from tortoise_hf.sound import Speech, join_speech, pause_behind
+from tortoise_hf.speaker import locate_voice, speaker_latents, stored_speaker
+from tortoise_hf.speech import Chain, ModelShelf, Progress
 from tortoise_hf.text import clean_text
 
-LATENTS_NAMES = (LATENTS_NAME, "latents.pth")
-"""Where a voice's folder may keep the latents of its speaker."""
-EXPORT_FOLDER = "export"
-"""Where a run's folder keeps its export."""
-SENTENCE_PAUSE, PARAGRAPH_PAUSE = 0.1, 0.5
-"""Seconds of silence between pieces, besides the fraction of a second that a piece itself ends with."""
 SPEAKING_PARTS = ("clvp", "diffusion", "vocoder")
-_GPT_FILES = ("config.json", "model.safetensors", "autoregressive.pth")
-
-
-@dataclass(frozen=True)
-class Speech:
-    """Something said."""
-
-    waveform: torch.Tensor
-    """(S,) float32 in [-1, 1]."""
-    sample_rate: int
-    """Hz."""
-    text: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
-        return len(self.waveform) / self.sample_rate
-
-    def save(self, path: str | Path) -> None:
-        """Write it as an audio file of the kind the suffix names: .wav (16 bit), .flac, .ogg or .mp3.
-
-        Raises: UserError: if the kind isn't known or the file can't be written.
-        """
-        write_speeches(iter([self]), Path(path))
-
-    def _repr_html_(self) -> str:
-        """A player, for notebooks."""
-        stream = io.BytesIO()
-        soundfile.write(stream, self.waveform.numpy(), self.sample_rate, format="WAV")
-        data = base64.b64encode(stream.getvalue()).decode("ascii")
-        return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 
 
 class Voice:
@@ -135,7 +88,7 @@ class Voice:
         device = choose_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-        source = _locate(voice, revision)
+        source = locate_voice(voice, revision)
         cfg = ModelConfig(base=str(source), weights_dir=None if weights_dir is None else str(weights_dir))
         try:
             files = resolve_base(cfg, dvae=False)
@@ -149,7 +102,7 @@ class Voice:
         folder = source if isinstance(source, Path) and source.is_dir() else None
         beside: Path | None = None
         if not clips and not latents and random is None:
-            latents, beside = _stored_speaker(folder, voice)
+            latents, beside = stored_speaker(folder, voice)
             clips = beside if latents is None else None
         parts = find_parts(wanted, weights_dir)
 
@@ -165,7 +118,7 @@ class Voice:
         if not preview:
             chain.num_mel_codes = part_config("clvp", parts["clvp"]).num_mel_codes
             chain.latent_size = part_config("diffusion", parts["diffusion"]).latent_size
-        speaker = _speaker(shelf, chain.mel_norms, clips, latents, random, preview)
+        speaker = speaker_latents(shelf, chain.mel_norms, clips, latents, random, preview)
         if speaker.diffusion is None and not preview and beside is not None:
             # Where the latents were stored, the diffusion model wasn't at hand.
             with shelf.use("diffusion") as diffusion:
@@ -244,7 +197,7 @@ class Voice:
     ) -> Iterator[Speech]:
         for index, piece in enumerate(pieces):
             ((speech,),) = self._say([piece], preset, seed, preview, progress)
-            pause = _pause(piece, index == len(pieces) - 1, speech.sample_rate)
+            pause = pause_behind(piece, index == len(pieces) - 1, speech.sample_rate)
             yield Speech(torch.cat([speech.waveform, pause]), speech.sample_rate, piece.text)
 
     def pieces(self, text: str) -> list[Piece]:
@@ -310,148 +263,3 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"The device {device} can't be used here ({reason}); leave it out, or say cpu.") from error
     return chosen
-
-
-def join_speech(speeches: Sequence[Speech], pieces: Sequence[Piece], text: str) -> Speech:
-    """One speech out of pieces, with a pause behind each but the last."""
-    parts = []
-    for index, (speech, piece) in enumerate(zip(speeches, pieces, strict=True)):
-        parts += [speech.waveform, _pause(piece, index == len(pieces) - 1, speech.sample_rate)]
-    return Speech(torch.cat(parts), speeches[0].sample_rate, text)
-
-
-def write_speeches(speeches: Iterator[Speech], target: Path | BinaryIO) -> float:
-    """Write pieces one after the other as they come, so that a player may follow.
-
-    Args:
-        speeches: from `Voice.stream`.
-        target: a file, whose suffix names its kind, or an open binary stream, which gets a WAV without a length.
-
-    Returns: seconds written.
-    Raises: UserError: if the file can't be written.
-    """
-    seconds = 0.0
-    if not isinstance(target, Path):
-        for index, speech in enumerate(speeches):
-            if index == 0:
-                target.write(_endless_wav_header(speech.sample_rate))
-            target.write((speech.waveform * 32_767).round().short().numpy().tobytes())
-            target.flush()
-            seconds += speech.seconds
-        return seconds
-    check_kind(target)
-    first = next(speeches)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with soundfile.SoundFile(target, "w", first.sample_rate, channels=1) as file:
-            for speech in itertools.chain([first], speeches):
-                file.write(speech.waveform.numpy())
-                file.flush()
-                seconds += speech.seconds
-    except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"{target} can't be written ({error}); give another place.") from error
-    return seconds
-
-
-def check_kind(path: Path) -> None:
-    """Refuse a file of a kind that can't be written, before anything is spoken.
-
-    Raises: UserError: if it is none of .wav, .flac, .ogg and .mp3.
-    """
-    if path.suffix.lower() not in AUDIO_SUFFIXES:
-        raise UserError(
-            f"{path} can't be written: name a {', '.join(AUDIO_SUFFIXES[:-1])} or {AUDIO_SUFFIXES[-1]} file."
-        )
-
-
-def _endless_wav_header(sample_rate: int) -> bytes:
-    """Head of a 16-bit mono WAV whose length isn't known yet; players then read to the end."""
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
-    return b"RIFF\xff\xff\xff\xffWAVE" + form + b"data\xff\xff\xff\xff"
-
-
-def _pause(piece: Piece, last: bool, sample_rate: int) -> torch.Tensor:
-    seconds = 0.0 if last else PARAGRAPH_PAUSE if piece.ends_paragraph else SENTENCE_PAUSE
-    return torch.zeros(int(seconds * sample_rate))
-
-
-def _locate(voice: str | Path, revision: str | None) -> Path | str:
-    """The folder or file of a voice, fetched from the Hub if it is a repository there."""
-    path = Path(voice).expanduser()
-    if revision is not None and (str(voice) == RELEASED_BASE or path.exists()):
-        raise UserError(
-            f"The revision {revision} can only be had of a voice on the Hub, and {voice} is none; leave it out."
-        )
-    if str(voice) == RELEASED_BASE:
-        return RELEASED_BASE
-    if path.is_dir() and not (path / "config.json").is_file() and (path / EXPORT_FOLDER / "config.json").is_file():
-        return path / EXPORT_FOLDER
-    if path.is_dir() and not any((path / name).is_file() for name in _GPT_FILES) and not any(path.glob("*_gpt.pth")):
-        advice = (
-            "it is a run that isn't exported yet, see scripts/export.py"
-            if (path / "run.json").is_file()
-            else "give an export's folder, or a weights file"
-        )
-        raise UserError(f"The voice {voice} holds no GPT ({' or '.join(_GPT_FILES)}): {advice}.")
-    if path.exists():
-        return path
-    from tortoise_hf.hub.pull import is_hub_name, pull_voice  # only a voice on the Hub takes its client
-
-    if not is_hub_name(str(voice)):
-        raise UserError(f"The voice {voice} is neither a folder, a weights file, nor a user/name on the Hub.")
-    return pull_voice(str(voice), revision)
-
-
-def _stored_speaker(folder: Path | None, voice: str | Path) -> tuple[Path | None, Path | None]:
-    """The latents file and the folder of clips that a voice's folder brings along; at least one of them."""
-    places = [] if folder is None else [folder, folder.parent] if folder.name == EXPORT_FOLDER else [folder]
-    latents = [place / name for place in places for name in LATENTS_NAMES if (place / name).is_file()]
-    clips = [place / CLIPS_FOLDER for place in places if (place / CLIPS_FOLDER).is_dir()]
-    if latents or clips:
-        return next(iter(latents), None), next(iter(clips), None)
-    where = "its folder holds" if folder is not None else "there is"
-    raise UserError(
-        f"The voice {voice} doesn't say who speaks: {where} no {LATENTS_NAMES[0]} and no {CLIPS_FOLDER}/ with "
-        f"recordings. Give recordings (clips), stored latents, or the seed of a random voice; scripts/voice.py stores "
-        f"recordings as latents."
-    )
-
-
-def _speaker(
-    shelf: ModelShelf,
-    mel_norms: torch.Tensor,
-    clips: str | Path | Sequence[str | Path] | None,
-    latents: str | Path | Sequence[str | Path] | None,
-    random: int | None,
-    preview: bool,
-) -> VoiceLatents:
-    """Latents from wherever they come; the mean if several sources are given."""
-    found = [load_latents(path) for path in _as_list(latents)]
-    if clips:
-        files = [clip for source in _as_list(clips) for clip in find_clips(source)]
-        with shelf.use("gpt") as gpt:
-            heard = gpt_latent(files, gpt, mel_norms)
-        heard_by_diffusion = None
-        if not preview:
-            with shelf.use("diffusion") as diffusion:
-                heard_by_diffusion = diffusion_latent(files, diffusion)
-        found.append(VoiceLatents(heard, heard_by_diffusion))
-    if random is not None:
-        with shelf.use("random_gpt") as generator:
-            drawn = random_latent(generator, random)
-        drawn_for_diffusion = None
-        if not preview:
-            with shelf.use("random_diffusion") as generator:
-                drawn_for_diffusion = random_latent(generator, random)
-        found.append(VoiceLatents(drawn, drawn_for_diffusion))
-    if len(found) == 1:
-        return found[0]
-    if preview:
-        found = [VoiceLatents(each.gpt, None) for each in found]
-    return average_latents(found)
-
-
-def _as_list(value: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str | Path) else list(value)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tortoise.models.autoregressive import UnifiedVoice
-from whole_chain import whole_chain
+from whole_chain import measure, whole_chain
 
 
 def build(task):
@@ -156,7 +156,7 @@ def condition(task, folder, inputs):
     return {"latents": torch.cat(vectors)}, {}
 
 
-TASKS = {task.__name__: task for task in (layouts, speak, save, front_ends, condition, whole_chain)}
+TASKS = {task.__name__: task for task in (layouts, speak, save, front_ends, condition, whole_chain, measure)}
 
 
 def main():

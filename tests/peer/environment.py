@@ -58,10 +58,10 @@ class Peer:
     older: dict[str, Path]
     """Older transformers versions -> folder to put in front of the search path."""
 
-    def environment(self, transformers: str) -> dict[str, str]:
+    def environment(self, transformers: str, threads: int = 2) -> dict[str, str]:
         """Environment variables for a run with one of the versions; no device, no network."""
         values = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COV_"))}
-        values |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+        values |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
         values["NUMBA_CACHE_DIR"] = str(self.python.parent.parent / "numba")
         if transformers != self.transformers:
             values["PYTHONPATH"] = str(self.older[transformers])

@@ -20,6 +20,8 @@ from tortoise_hf.samplers import DiffusionSettings
 from tortoise_hf.speech import Chain, ModelShelf
 from tortoise_hf.text import TextTokenizer
 
+from .released import released_vocoder
+
 pytestmark = pytest.mark.timeout(1800)
 
 TEXT = "The kettle is on, Dr. Brown; it cost $3.50 in 1984."
@@ -89,31 +91,6 @@ def models():
         vocoder = UnivNetModel(UnivNetConfig(model_hidden_channels=4))
         random = [RandomLatents(RandomLatentsConfig(hidden_size=width)) for width in SIZES["random"]]
     return {"gpt": gpt.eval(), "clvp": clvp.eval(), "diffusion": diffusion.eval(), "vocoder": vocoder.eval()}, random
-
-
-def released_vocoder(vocoder):
-    """transformers' names back to the released ones, with a weight norm that changes nothing."""
-    state = {}
-    for key, tensor in vocoder.state_dict().items():
-        parts = key.split(".")
-        if parts[0] == "resblocks":
-            stack, rest = f"res_stack.{parts[1]}", parts[2:]
-            if rest[0] == "resblocks":
-                name = f"{stack}.conv_blocks.{rest[1]}.1"
-            elif rest[0] == "convt_pre":
-                name = f"{stack}.convt_pre.1"
-            elif rest[1] == "resblocks":
-                name = f"{stack}.kernel_predictor.residual_convs.{rest[2]}.{ {'conv1': 1, 'conv2': 3}[rest[3]] }"
-            else:
-                name = f"{stack}.kernel_predictor.{rest[1]}" + (".0" if rest[1] == "input_conv" else "")
-        else:
-            name = parts[0] + (".1" if parts[0] == "conv_post" else "")
-        if parts[-1] == "weight":
-            state[f"{name}.weight_v"] = tensor
-            state[f"{name}.weight_g"] = tensor.flatten(1).norm(dim=1).view(-1, 1, 1)
-        else:
-            state[f"{name}.{parts[-1]}"] = tensor
-    return state
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
-"""A task for driver.py, inside the peer's environment: tortoise-tts's own `tts`, on small models with our weights."""
+"""Tasks for driver.py, inside the peer's environment: tortoise-tts's own `tts` with our weights."""
 
 import itertools
 import random
 from pathlib import Path
 
 import torch
+from cost import measured, peak_gib
 
 
 def build(task):
@@ -34,18 +35,51 @@ def build(task):
     return tts
 
 
+def construct(task):
+    """The peer's TextToSpeech by its own constructor, which knows the released sizes only, with weights of a folder."""
+    import tortoise.api as api
+
+    api.get_model_path = lambda name, models_dir=None: str(Path(task["weights"]) / name)
+    options = {name: task[name] for name in ("autoregressive_batch_size", "kv_cache") if name in task}
+    return api.TextToSpeech(enable_redaction=False, **options)  # redaction takes a model of its own
+
+
+def measure(task, folder, inputs):
+    """What it costs to construct it and to say a text, without finding out how the voice sounds."""
+    latents = torch.load(Path(task["weights"]) / "latents.pth", weights_only=True)
+    tts, loading = measured(lambda: construct(task))
+    waveform, speaking = measured(
+        lambda: tts.tts(
+            task["text"],
+            conditioning_latents=latents,
+            verbose=False,
+            use_deterministic_seed=0,
+            num_autoregressive_samples=task["samples"],
+            max_mel_tokens=task["codes"],
+            diffusion_iterations=task["steps"],
+        )
+    )
+    return {}, {
+        "loading": loading,
+        "speaking": speaking,
+        "peak_gib": peak_gib(),
+        "audio_seconds": waveform.shape[-1] / 24_000,
+    }
+
+
 def whole_chain(task, folder, inputs):
     """Latents of recordings, and the waveform of a text, given the codes and the noise that chance would bring."""
     import tortoise.api as api
     from tortoise.utils.audio import load_audio
 
-    tts = build(task)
+    tts = build(task) if "sizes" in task else construct(task)
     outputs = {}
     random.seed(0)
     clips = [load_audio(path, 22050) for path in task["clips"]]
-    outputs["gpt_latent"], outputs["diffusion_latent"] = tts.get_conditioning_latents(clips)
+    if clips:
+        outputs["gpt_latent"], outputs["diffusion_latent"] = tts.get_conditioning_latents(clips)
 
-    batches = itertools.cycle(inputs["codes"].split(task["batch_size"]))
+    batches = itertools.cycle(inputs["codes"].split(tts.autoregressive_batch_size))
     tts.autoregressive.inference_speech = lambda *args, **kwargs: next(batches).clone()
     scores, mels = [], []
     clvp, to_mel, randn_like = tts.clvp.forward, api.do_spectrogram_diffusion, torch.randn_like
