@@ -98,8 +98,8 @@ class TransformersRecognizer:
             self._pipeline = pipeline("automatic-speech-recognition", model=model_id, device=device)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(
-                f"The recogniser {model_id} can't be loaded ({first_sentence(error)}). Without a network, name a folder "
-                "that holds one, or take --asr pocketsphinx, which brings its model along."
+                f"The recogniser {model_id} can't be loaded ({first_sentence(error)}). Without a network, name a "
+                "folder that holds one, or take --asr pocketsphinx, which brings its model along."
             ) from error
         self._rate = self._pipeline.feature_extractor.sampling_rate
 
