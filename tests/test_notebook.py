@@ -186,6 +186,8 @@ def test_interrupted_lost_and_run_again(base, tmp_path, hub, monkeypatch):
     second = filled(**settings, Repository="me/my-voice", Consent="Nobody's: tones and noise.", Text="Hello.")
     assert execute(second, found) is None, story(second)
     assert f"Brought back step {step:,}" in shown(second, "recordings")
+    said = (found / "runs" / "my_voice.log").read_text()
+    assert "Encoding clips" not in said, "the encoded clips were kept, too"
     assert f"Done: {step + 4} of {step + 4} steps" in shown(second, "train")
     assert "data:image/png" in shown(second, "train")
     assert shown(second, "train").count("<audio") >= 4, "samples"

@@ -33,12 +33,14 @@ def test_a_progress_bar_is_one_line(tmp_path):
     program.wait(lambda: seen.add(program.last))
     assert list(program.lines) == ["2 of 3"]
     assert program.tail() == "2 of 3"
+    assert program.error() == ""
 
 
 def test_a_failure_is_its_exit_code(tmp_path):
-    program = start(tmp_path, "print('error: so it is'); raise SystemExit(3)")
+    program = start(tmp_path, "print('hello'); print('error: so it is:\\n  one\\n  two'); raise SystemExit(3)")
     assert program.wait(lambda: None) == 3
-    assert program.tail() == "error: so it is"
+    assert program.tail(2) == "  one\n  two"
+    assert program.error() == "error: so it is:\n  one\n  two"
 
 
 PATIENT = """

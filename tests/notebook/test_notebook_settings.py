@@ -69,7 +69,7 @@ def project(tmp_path, monkeypatch):
 
 
 ROWS = [row for row in json.loads((GOLDEN / "param_calc.json").read_text())
-        if (row["bs_train"], row["bs_val"], row["first_decay"]) == (64, 16, 20)]  # fmt: skip
+        if (row["bs_train"], row["bs_val"], row["first_decay"]) == (64, 16, 20)][::3]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['n_train']}-{row['n_val']}")

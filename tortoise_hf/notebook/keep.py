@@ -1,7 +1,8 @@
 """A copy of a run in another folder, such as one on Drive, from which it goes on when its machine is gone.
 
-Kept are the newest and the best checkpoint and what is needed to go on from them, checked after copying. Files that go
-are emptied first: Drive moves what is deleted into its trash, where it would go on to take space.
+Kept are the newest and the best checkpoint, checked after copying, what is needed to go on from them, and the encoded
+clips: another kind of machine might encode them a little differently, and a run goes on with the same clips only. Files
+that go are emptied first: Drive moves what is deleted into its trash, where it would go on to take space.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from tortoise_hf.checkpoint import Checkpoint, complete_checkpoints, find_damage
@@ -19,13 +21,22 @@ from tortoise_hf.units import format_bytes
 
 SMALL_FILES = (RUN_FILE, CLIPS_FILE, REPORT_NAME, "log.jsonl")
 SMALL_FOLDERS = ("samples", "conditioning")
+CACHE_FOLDERS = ("clips", "texts")
+"""Of `data.cache_dir`, what isn't the recordings themselves."""
+PREPARED_DIR = "prepared"
+"""Where the copy has them."""
 SECONDS_BETWEEN_LOOKS = 5.0
 
 
-def save_copy(run_dir: Path, copy_dir: Path) -> int | None:
+def save_copy(run_dir: Path, copy_dir: Path, cache_dir: Path) -> int | None:
     """Bring the copy up to date; the step it holds then, or None if there is nothing to copy yet.
 
     The older checkpoints of the copy go only when the newer ones are whole.
+
+    Args:
+        run_dir: the run's folder.
+        copy_dir: of the copy.
+        cache_dir: `data.cache_dir` of the run, and of no other.
 
     Raises:
         UserError: if there is too little space, the folder can't be written or holds another run; what was in the copy
@@ -51,9 +62,8 @@ def save_copy(run_dir: Path, copy_dir: Path) -> int | None:
             if (run_dir / name).is_file():
                 shutil.copyfile(run_dir / name, copy_dir / f".{name}.part")
                 (copy_dir / f".{name}.part").replace(copy_dir / name)
-        for name in SMALL_FOLDERS:
-            if (run_dir / name).is_dir():
-                shutil.copytree(run_dir / name, copy_dir / name, dirs_exist_ok=True, copy_function=_copy_if_other)
+        _copy_folders(SMALL_FOLDERS, run_dir, copy_dir)
+        _copy_folders(CACHE_FOLDERS, cache_dir, copy_dir / PREPARED_DIR)
     except OSError as error:
         raise UserError(f"{copy_dir} can't be written ({error.strerror or error}).") from error
     names = {one.path.name for one in wanted}
@@ -63,8 +73,10 @@ def save_copy(run_dir: Path, copy_dir: Path) -> int | None:
     return wanted[0].step
 
 
-def restore_copy(copy_dir: Path, run_dir: Path) -> int | None:
+def restore_copy(copy_dir: Path, run_dir: Path, cache_dir: Path) -> int | None:
     """Bring a run back from its copy, unless the run's folder is as new; the step it now holds, or None.
+
+    Arguments as of `save_copy`.
 
     Raises:
         UserError: if no checkpoint of the copy is sound, the two are different runs, or the disk is full.
@@ -85,9 +97,8 @@ def restore_copy(copy_dir: Path, run_dir: Path) -> int | None:
             if not (run_dir / checkpoint.path.name).is_dir():
                 check_space(checkpoint.path, run_dir)
                 copy_folder(checkpoint.path, run_dir / checkpoint.path.name)
-        for name in SMALL_FOLDERS:
-            if (copy_dir / name).is_dir():
-                shutil.copytree(copy_dir / name, run_dir / name, dirs_exist_ok=True)
+        _copy_folders(SMALL_FOLDERS, copy_dir, run_dir)
+        _copy_folders(CACHE_FOLDERS, copy_dir / PREPARED_DIR, cache_dir)
     except OSError as error:
         raise UserError(f"{run_dir} can't be written ({error.strerror or error}).") from error
     return sound[0].step
@@ -96,9 +107,9 @@ def restore_copy(copy_dir: Path, run_dir: Path) -> int | None:
 class Keeper:
     """Keeps the copy up to date while the run trains, in a thread."""
 
-    def __init__(self, run_dir: Path, copy_dir: Path) -> None:
-        """Begin."""
-        self.run_dir, self.copy_dir = run_dir, copy_dir
+    def __init__(self, run_dir: Path, copy_dir: Path, cache_dir: Path) -> None:
+        """Begin; arguments as of `save_copy`."""
+        self.run_dir, self.copy_dir, self.cache_dir = run_dir, copy_dir, cache_dir
         self.state = ""
         """What the copy holds, or why it couldn't be brought up to date; a sentence."""
         self._seen: list[str] = []
@@ -121,7 +132,7 @@ class Keeper:
 
     def _copy(self) -> None:
         try:
-            step = save_copy(self.run_dir, self.copy_dir)
+            step = save_copy(self.run_dir, self.copy_dir, self.cache_dir)
             if step is not None:
                 self.state = f"Step {step:,} is kept in {self.copy_dir}."
         except UserError as error:
@@ -199,6 +210,13 @@ def check_space(source: Path, target: Path) -> None:
             f"{target} has {format_bytes(free)} left and {source.name} needs {format_bytes(needed)}. Make room there "
             "(on Drive: empty the trash), or keep less per checkpoint with training.optimizer_state 8bit or none."
         )
+
+
+def _copy_folders(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy folders that are there; files of the same size are taken to be the same."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True, copy_function=_copy_if_other)
 
 
 def _copy_if_other(source: str, target: str) -> None:

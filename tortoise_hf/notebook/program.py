@@ -95,6 +95,12 @@ class Program:
         """The last lines it said."""
         return "\n".join(list(self.lines)[-count:])
 
+    def error(self) -> str:
+        """The sentence it ended with, which may take several lines; empty if there was none."""
+        lines = list(self.lines)
+        starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        return "\n".join(lines[starts[0] :]) if starts else ""
+
     def _read(self, log: IO[str]) -> None:
         with log:
             rest = b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from tortoise_hf.voice import Speech, Voice
 
 CLIPS_PLAYED = 4
+
+# Said by a library of progress bars, which are not used here.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 class Project:
@@ -61,12 +65,15 @@ class Project:
         self.name, self.run_dir = name, Path(folder) / name
         self.settings_path, self.log_path = (Path(folder) / f"{name}{suffix}" for suffix in (".yaml", ".log"))
         self.keep_dir = Path(keep_in) / name if keep_in else None
+        self.cache_dir = Path(folder) / f"{name}.prepared"
         self.keep_on_hub = keep_on_hub
         self.gpus = find_gpus()
         self.precision = choose_precision(self.gpus)
         self._voice: Voice | None = None
         self._given: dict[str, Any] = {"data.root": find_place(recordings), "model.base": base}
         self._given |= {"training.output_dir": str(self.run_dir), "callbacks.progress": False}
+        if keep_in:
+            self._given["data.cache_dir"] = str(self.cache_dir)
         if validation:
             self._given["data.eval_list"] = validation
         if keep_on_hub:
@@ -166,14 +173,13 @@ class Project:
 
         Raises: CellStopped: if it was interrupted (everything is saved then), or failed.
         """
-        from tortoise_hf.notebook import show
         from tortoise_hf.notebook.keep import Keeper
         from tortoise_hf.notebook.watch import Watch
 
         self._voice = None
         self._bring_back()
         watch = Watch(self.run_dir)
-        keeper = Keeper(self.run_dir, self.keep_dir) if self.keep_dir else None
+        keeper = Keeper(self.run_dir, self.keep_dir, self.cache_dir) if self.keep_dir else None
 
         def look(program: Program) -> None:
             watch.look(program)
@@ -187,7 +193,7 @@ class Project:
                 watch.say(f"Copying what came last to {self.keep_dir} …")
                 keeper.finish()
                 watch.say(keeper.state)
-        show.show(show.text(watch.closing_lines(program)))
+        watch.finish(program)
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
@@ -272,8 +278,7 @@ class Project:
         if program.interrupts:
             raise CellStopped("Left at once. Run this cell again, and it goes on from the last save.")
         if code != 0:
-            errors = [line for line in program.lines if line.startswith("error: ")]
-            raise CellStopped(errors[-1] if errors else f"{program.tail()}\nAll of it is in {self.log_path}.")
+            raise CellStopped(program.error() or f"{program.tail()}\nAll of it is in {self.log_path}.")
         return program
 
     def _bring_back(self) -> None:
@@ -281,7 +286,7 @@ class Project:
         if self.keep_dir is not None and self.keep_dir.is_dir():
             from tortoise_hf.notebook.keep import restore_copy
 
-            step = restore_copy(self.keep_dir, self.run_dir)
+            step = restore_copy(self.keep_dir, self.run_dir, self.cache_dir)
             if step is not None:
                 print(f"Brought back step {step:,} from {self.keep_dir}.")
         if self.keep_on_hub and _holds_checkpoints(self.keep_on_hub):

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGE = "tortoise_hf"
-OLDEST_TORCH = (2, 8)
+OLDEST_TORCH = (2, 9)
 """Oldest pair of torch and torchaudio that this package's tests passed with."""
 PAIR = ("torch", "torchaudio")
 _TRY = "import torch, torchaudio; torchaudio.functional.resample(torch.zeros(100), 100, 50)"

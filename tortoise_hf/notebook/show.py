@@ -65,7 +65,7 @@ def picture(png: bytes, label: str) -> str:
 def player(wav: bytes) -> str:
     """Plays a WAV file."""
     data = base64.b64encode(wav).decode("ascii")
-    return f'<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>'
+    return f'<audio controls preload="none" style="width:16em" src="data:audio/wav;base64,{data}"></audio>'
 
 
 def report(found: DatasetReport, histogram: bytes, clips: Sequence[tuple[str, bytes]]) -> str:
@@ -108,7 +108,7 @@ def progress(step: int, max_steps: int | None, figures: Mapping[str, float], lin
         parts.append(f'<progress style="width:60%" value="{step}" max="{max_steps}"></progress> ')
         parts.append(f"step {step:,} of {max_steps:,} ({share:.0f} %)<br>")
     words = [f"{name} {figures[key]:.3f}" for key, name in _FIGURES if key in figures]
-    if step and "eta_seconds" in figures:
+    if 0 < step < (max_steps or 0) and "eta_seconds" in figures:
         words.append(f"about {format_seconds(figures['eta_seconds'])} left")
     parts.append(html.escape(", ".join(words)))
     return "".join(parts) + text(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tortoise_hf.hub.curve import read_log
 from tortoise_hf.notebook import show
@@ -14,8 +15,10 @@ from tortoise_hf.sample_folder import SAMPLES_DIR, spoken_steps
 LINES_SHOWN = 3
 ENDINGS = ("Done: ", "This run was complete at ")
 """How the lines begin with which scripts/train.py sums up a run."""
-FOR_A_SHELL = ("  hear it: ", "  your own voice: ")
-"""Of these lines, those that name commands; the notebook has cells for them."""
+RESULTS = (*ENDINGS, "Eval mel loss: ", "Lowest at step ")
+"""Of the lines from there on, those shown: the others name files and commands, for which the notebook has cells."""
+NEXT, FOR_A_SHELL = "Next:", ("  hear it: ", "  your own voice: ")
+"""Behind the first come advice, which is shown, and commands, which aren't."""
 
 
 class Watch:
@@ -29,12 +32,10 @@ class Watch:
 
     def look(self, program: Program) -> None:
         """Bring what is shown up to date."""
-        log = read_log(self.run_dir / "log.jsonl")
-        figures = {key: value for entry in log for key, value in entry.items()}
         lines = "\n".join([*list(program.lines)[-LINES_SHOWN:], program.last][-LINES_SHOWN:])
         if program.interrupts:
             lines = "Stopping: the step in hand is finished and saved. This may take a minute.\n" + lines
-        self._bar.show(show.progress(figures.get("step", 0), self._max_steps(), figures, lines))
+        log = self._draw_bar(lines)
         if len(log) != self._log_size:
             self._log_size = len(log)
             self._curve.show(show.curve(log))
@@ -47,11 +48,20 @@ class Watch:
         """A line below all."""
         self._note.show(show.text(note))
 
-    def closing_lines(self, program: Program) -> str:
-        """How the script summed up the run."""
+    def finish(self, program: Program) -> None:
+        """Replace the line it was at by how the script summed up the run."""
         lines = list(program.lines)
         first = next((number for number, line in enumerate(lines) if line.startswith(ENDINGS)), len(lines))
-        return "\n".join(line for line in lines[first:] if not line.startswith(FOR_A_SHELL))
+        advice = lines.index(NEXT, first) if NEXT in lines[first:] else len(lines)
+        shown = [line for line in lines[first:advice] if line.startswith(RESULTS)]
+        shown += [line.strip() for line in lines[advice + 1 :] if not line.startswith(FOR_A_SHELL)]
+        self._draw_bar("\n".join(shown))
+
+    def _draw_bar(self, lines: str) -> list[dict[str, Any]]:
+        log = read_log(self.run_dir / "log.jsonl")
+        figures = {key: value for entry in log for key, value in entry.items()}
+        self._bar.show(show.progress(figures.get("step", 0), self._max_steps(), figures, lines))
+        return log
 
     def _max_steps(self) -> int | None:
         try:
