@@ -33,6 +33,7 @@ def fine_tune(cfg: Config) -> None:
     from tortoise_hf.optim import build_lr_scheduler, build_optimizer
     from tortoise_hf.preparation import make_plan, prepare_base_and_data
     from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
+    from tortoise_hf.samples import open_samples
     from tortoise_hf.summary import closing_lines, opening_lines
 
     started = time.perf_counter()
@@ -61,17 +62,18 @@ def fine_tune(cfg: Config) -> None:
             keep_clips(run_folder.output_dir, cfg.data)
         print(opening_lines(cfg, run_folder, model, batches))
 
+    samples = open_samples(cfg, accelerator.device, files, data, model.config)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, cfg.optim)
     lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
-    callbacks = build_callbacks(cfg, accelerator, files)
+    callbacks = build_callbacks(cfg, accelerator, files, samples)
 
     state = start_or_resume(cfg, run_folder, accelerator, model, optimizer, lr_scheduler, callbacks)
     if run_folder.finished_step is None:
         state = train(cfg, accelerator, model, optimizer, lr_scheduler, batches, eval_batches, callbacks, state)
     if accelerator.is_main_process:
-        report = finish_run(cfg, run_folder, files, state)
+        report = finish_run(cfg, run_folder, files, state, samples)
         print(closing_lines(cfg, run_folder, state, report, time.perf_counter() - started))
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -7,7 +7,9 @@ Needs no network and no account. The new process starts with an empty cache and 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -31,6 +33,7 @@ def main(run_dir: str) -> None:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": f"{folder}/pushing"}
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
         from tortoise_hf.hub.publish import push_run
+        from tortoise_hf.sample_folder import listening_lines
 
         pushed = push_run(run_dir, {"repo_id": REPO_ID, "consent": CONSENT})
         print(f"Pushed {run_dir} to a Hub on loopback: {pushed.url} (commit {pushed.commit[:8]}).")
@@ -39,12 +42,13 @@ def main(run_dir: str) -> None:
             env=os.environ | {"HF_HOME": f"{folder}/pulling"},
             check=True,
         )
-        problems = compare(Path(run_dir) / "export", Path(folder) / "voice") + check_card(hub)
+        problems = compare(Path(run_dir) / "export", Path(folder) / "voice") + check_card(hub, run_dir)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         raise SystemExit(1)
     print("The pulled weights equal the exported ones, and the card is valid.")
+    print("\n".join(listening_lines(run_dir)))
 
 
 def compare(export: Path, pulled: Path) -> list[str]:
@@ -66,8 +70,8 @@ def compare(export: Path, pulled: Path) -> list[str]:
     return problems
 
 
-def check_card(hub: HubServer) -> list[str]:
-    """What is wrong with the card on the Hub."""
+def check_card(hub: HubServer, run_dir: str) -> list[str]:
+    """What is wrong with the card on the Hub, and with what it plays."""
     from huggingface_hub import ModelCard
 
     files = hub.repository(REPO_ID).files()
@@ -78,8 +82,16 @@ def check_card(hub: HubServer) -> list[str]:
         problems.append("the Hub was not asked whether the card is valid")
     if CONSENT not in card.text:
         problems.append("the card does not say whose voice it is")
-    problems += [f"the card plays {entry['output']['url']}, which isn't there" for entry in data.get("widget", [])
-                 if entry["output"]["url"] not in files]  # fmt: skip
+    samples = Path(run_dir) / "samples"
+    if not (samples / "samples.json").is_file():
+        return [*problems, f"the run spoke nothing: there is no {samples / 'samples.json'}"]
+    spoken = json.loads((samples / "samples.json").read_text(encoding="utf-8"))
+    played = [entry["output"]["url"] for entry in data.get("widget", [])]
+    if played != [f"samples/{entry['tuned']}" for entry in spoken]:
+        problems.append(f"the card plays {played or 'nothing'}, the run spoke {[entry['tuned'] for entry in spoken]}")
+    for name in re.findall(r'<audio controls src="([^"]+)">', card.text):
+        if files.get(name) != (samples.parent / name).read_bytes():
+            problems.append(f"{name}, which the card plays, is not on the Hub as the run spoke it")
     return problems
 
 

@@ -38,6 +38,8 @@ from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from tortoise_hf.samples import Samples
+
 RUN_FILE = "run.json"
 EXPORT_DIR = "export"
 REPORT_NAME = "dataset_report.json"
@@ -323,8 +325,10 @@ def mark_process(state: TrainerState, cfg: Config, accelerator: Accelerator, max
     return state
 
 
-def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> ExportReport | None:
-    """Export the best checkpoint (the last one without evaluations) and note that the run is over.
+def finish_run(
+    cfg: Config, run: Run, files: BaseFiles, state: TrainerState, samples: Samples | None = None
+) -> ExportReport | None:
+    """Export the best checkpoint (the last one without evaluations), let it speak, and note that the run is over.
 
     Called by the main process. None if the run was over before and its export is still there.
     """
@@ -340,6 +344,8 @@ def finish_run(cfg: Config, run: Run, files: BaseFiles, state: TrainerState) -> 
     report = export_model(
         model, export_dir, files=files, step=step, summary=summary, base_state=base_state, overwrite=True
     )
+    if samples is not None:
+        samples.finish(model, step)
     write_record(dataclasses.replace(run, finished_step=state.global_step), cfg)
     return report
 

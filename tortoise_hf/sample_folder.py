@@ -65,3 +65,16 @@ def load_samples(run_dir: str | Path) -> list[SpokenSample]:
         for step, place in places
     ]
     return [sample for sample in samples if sample.path.is_file()]
+
+
+def listening_lines(run_dir: str | Path) -> list[str]:
+    """Where to listen to a finished run: a sentence before and after, and the page. Empty if it kept no samples."""
+    folder = Path(run_dir) / SAMPLES_DIR
+    if not (folder / SAMPLES_LIST).is_file():
+        return []
+    entries = json.loads((folder / SAMPLES_LIST).read_text(encoding="utf-8"))
+    entry = next((one for one in entries if "base" in one), entries[0])
+    lines = [f"Listen to {entry['text']!r}, as rough previews:"]
+    roles = {"before": "base", "after": "tuned"}
+    lines += [f"  {name:<6}  {folder / entry[role]}" for name, role in roles.items() if role in entry]
+    return [*lines, f"  page    {folder / PAGE}  (open it in a browser: all samples, with recordings and pictures)"]

@@ -5,13 +5,14 @@ Everything on it is read from the run's folder, so it can be written at any time
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import soundfile
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 
 from tortoise_hf.hub.curve import draw_curve, read_log
 from tortoise_hf.sample_folder import (
@@ -47,8 +48,7 @@ def write_page(run_dir: Path, running: bool) -> Path:
     has_curve = draw_curve(log, staging)
     if has_curve:
         staging.replace(folder / CURVE)
-    template = Environment(loader=PackageLoader("tortoise_hf", "."), autoescape=True).get_template("sample_page.html")
-    html = template.render(
+    html = _template().render(
         name=run_dir.resolve().name,
         running=running,
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -66,6 +66,12 @@ def write_page(run_dir: Path, running: bool) -> Path:
     staging.write_text(html, encoding="utf-8")
     staging.replace(folder / PAGE)
     return folder / PAGE
+
+
+@functools.cache
+def _template() -> Template:
+    """Read once: a run writes its page at every evaluation."""
+    return Environment(loader=PackageLoader("tortoise_hf", "."), autoescape=True).get_template("sample_page.html")
 
 
 def _shown_step(folder: Path, steps: list[int], evaluations: list[dict[str, Any]]) -> int | None:
@@ -91,8 +97,9 @@ def _facts(
         model, base = settings["model"], str(settings["model"]["base"]).replace("\\", "/").rstrip("/").split("/")[-1]
         facts.append(("started from", f"random weights, sizes of {base}" if model["from_scratch"] else base))
         clips = f"{record['num_train_clips']:,} clips"
-        minutes = report.get("minutes")
-        facts.append(("trained on", clips if minutes is None else f"{clips}; {minutes:.1f} minutes in all"))
+        if report.get("minutes") is not None:
+            clips += f"; {report['minutes']:.1f} minutes with those kept back"
+        facts.append(("trained on", clips))
         facts.append(("clips per step", f"{settings['training']['batch_size']:,}"))
         facts.append(("learning rate", f"{settings['optim']['learning_rate']:g}"))
     found = {entry["step"]: entry for entry in evaluations}

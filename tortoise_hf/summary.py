@@ -10,9 +10,11 @@ from tortoise_hf.callbacks.run_log import LOG_NAME
 from tortoise_hf.config import Config
 from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.export import ExportReport
+from tortoise_hf.latents import CLIPS_FOLDER
 from tortoise_hf.models.checkpoint_formats import fits_tortoise
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.run import EXPORT_DIR, REPORT_NAME, Run
+from tortoise_hf.sample_folder import listening_lines
 from tortoise_hf.units import format_seconds
 
 LEVEL = 0.005
@@ -63,13 +65,14 @@ def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportRepo
     if report is not None:
         lines.append(report.summary())
     lines += _places(run, state)
+    lines += listening_lines(run.output_dir)
     lines.append("Next:")
     lines += [f"  {line}" for line in advise(found, state.global_step, run.max_steps, cfg.optim.learning_rate)]
     # A model of its own size fits none of the released models behind it, so only the preview can be heard.
-    preview = " --preview" if cfg.model.from_scratch else ""
+    preview = "" if fits_tortoise(GPTConfig.from_pretrained(run.output_dir / EXPORT_DIR)) else " --preview"
+    clips = "" if (run.output_dir / CLIPS_FOLDER).is_dir() else " --clips RECORDINGS_OF_THE_SPEAKER"
     lines.append(
-        f'  hear it: python scripts/speak.py "Good morning." --voice {run.output_dir / EXPORT_DIR} '
-        f"--clips RECORDINGS_OF_THE_SPEAKER{preview}"
+        f'  hear it: python scripts/speak.py "Good morning." --voice {run.output_dir / EXPORT_DIR}{clips}{preview}'
     )
     if cfg.model.from_scratch:
         lines.append(

@@ -51,8 +51,9 @@ def reasons(prepared: Prepared) -> dict[str, list[str]]:
 
 
 def clips(prepared: Prepared) -> dict[str, dict]:
-    """Clip id -> example, training and evaluation together."""
-    return {row["clip_id"]: row for part in (prepared.train, prepared.eval) for row in part}
+    """Clip id -> example without the recording's place, training and evaluation together."""
+    parts = [part.remove_columns("audio_path") for part in (prepared.train, prepared.eval)]
+    return {row["clip_id"]: row for part in parts for row in part}
 
 
 def shards(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.sample_folder import load_samples, spoken_steps
 
 
 @dataclass
@@ -33,6 +35,8 @@ def train(repository, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("train_script", repository / "scripts" / "train.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+
+    monkeypatch.setattr("tortoise_hf.callbacks.samples.FREE_SECONDS", 1e9)  # however busy the machine is
 
     def call(*arguments, env=None, check=True):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -84,6 +88,7 @@ def tiny_run(base, data, tmp_path, name="run", **settings):
         "training.logging_steps": 1,
         "training.eval_steps": 2,
         "callbacks.progress": "false",
+        "samples.enabled": "false",
     } | {key.replace("__", "."): value for key, value in settings.items()}
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
@@ -97,6 +102,7 @@ def test_a_run_from_start_to_export(train, tiny_base, tiny_voice, tmp_path):
     flags = tiny_run(tiny_base, tiny_voice(8), tmp_path)
     done = train(*flags)
     folder = tmp_path / "run"
+    assert not (folder / "samples").exists()
     assert len(logged(folder, "loss")) == 3
     assert len(logged(folder, "eval_loss")) == 3  # before the first step, at step 2, at the end
     assert TortoiseGPT.from_pretrained(folder / "export").config.num_layers == 1
@@ -115,6 +121,30 @@ def test_a_run_from_start_to_export(train, tiny_base, tiny_voice, tmp_path):
     longer = train(*flags, "--training.max_steps", "5")
     assert "Going on from" in longer.stdout
     assert len(logged(folder, "loss")) == 5
+
+
+def test_a_run_can_be_heard(train, tiny_base, tiny_voice, tmp_path):
+    flags = tiny_run(tiny_base, tiny_voice(8), tmp_path, samples__enabled="true", samples__num_texts=2)
+    done = train(*flags)
+    folder = tmp_path / "run"
+    assert spoken_steps(folder / "samples") == [0, 2, 3]
+    assert {(sample.number, sample.step) for sample in load_samples(folder)} == {
+        (number, step) for number in (1, 2) for step in (None, 0, 2, 3)
+    }
+    assert len(list((folder / "conditioning").glob("*.wav"))) == 4
+    entries = json.loads((folder / "samples" / "samples.json").read_text())
+    best = json.loads((folder / "export" / "export.json").read_text())["step"]
+    assert [entry["tuned"] for entry in entries] == [f"step-{best:06d}/{number}.wav" for number in (1, 2)]
+    said = re.findall(r"^  (before|after|page) +(\S+)", done.stdout, flags=re.MULTILINE)
+    assert [name for name, _ in said] == ["before", "after", "page"]
+    assert all(os.path.isfile(path) for _, path in said)
+    assert "--clips" not in done.stdout  # the run has them
+    # The best model's samples are gone: they come from the export, and are the same.
+    before = (folder / "samples" / entries[0]["tuned"]).read_bytes()
+    shutil.rmtree(folder / "samples" / f"step-{best:06d}")
+    shutil.rmtree(folder / "export")
+    train(*flags)
+    assert (folder / "samples" / entries[0]["tuned"]).read_bytes() == before
 
 
 @pytest.mark.parametrize(("num_clips", "batch_size"), [(1, 4), (2, 4), (3, 4)])
@@ -139,12 +169,13 @@ def test_bf16_and_fp16_on_a_cpu(train, tiny_base, tiny_voice, tmp_path):
     losses = {}
     for precision in ("no", "bf16", "fp16"):
         done = train(
-            *tiny_run(tiny_base, data, tmp_path, name=precision),
+            *tiny_run(tiny_base, data, tmp_path, name=precision, samples__enabled="true", samples__num_texts=1),
             env={"ACCELERATE_MIXED_PRECISION": precision},
         )
         losses[precision] = logged(tmp_path / precision, "eval_loss")
         assert f"mixed precision {precision}" in done.stdout
         assert ("fp16 needs a GPU" in done.stdout) == (precision == "fp16")
+        assert spoken_steps(tmp_path / precision / "samples") == [0, 2, 3]
     assert losses["bf16"] != losses["no"]
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
     assert losses["fp16"] == losses["no"]
@@ -154,6 +185,7 @@ def test_two_processes_train_like_one(train, repository, tiny_base, tiny_voice, 
     """Unequal clips, a last step smaller than the batch: losses within 1e-4, the same learning rate on every step."""
     data = tiny_voice(11)
     settings = {"training__max_steps": 6, "training__micro_batch_size": 2, "training__batch_size": 4}
+    settings |= {"samples__enabled": "true", "samples__num_texts": 1}
     train(*tiny_run(tiny_base, data, tmp_path, name="one", **settings))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -174,6 +206,9 @@ def test_two_processes_train_like_one(train, repository, tiny_base, tiny_voice, 
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-3
     rng = torch.load(tmp_path / "two" / "checkpoint-6" / "rng.pt", weights_only=True)
     assert len(rng) == 2
+    for name in ("one", "two"):
+        assert 0 in spoken_steps(tmp_path / name / "samples")
+        assert (tmp_path / name / "samples" / "samples.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""What happens around the loop: learning rate, checkpoints, the Hub, the run's log, and transformers' own callbacks."""
+"""What happens around the loop: learning rate, checkpoints, Hub, log, samples, and transformers' own callbacks."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import (
@@ -20,18 +21,25 @@ from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.callbacks.overfitting import OverfittingCallback
 from tortoise_hf.callbacks.run_log import RunLogCallback
+from tortoise_hf.callbacks.samples import SamplesCallback
 from tortoise_hf.config import Config
 from tortoise_hf.errors import UserError
 from tortoise_hf.models.pretrained import BaseFiles
+from tortoise_hf.samples import Samples
 
 
-def build_callbacks(cfg: Config, accelerator: Accelerator, files: BaseFiles | None = None) -> list[TrainerCallback]:
-    """The callbacks a config asks for, in order of action: flow, schedule, stop, checkpoint, Hub, interrupt, loggers.
+def build_callbacks(
+    cfg: Config, accelerator: Accelerator, files: BaseFiles | None = None, samples: Samples | None = None
+) -> list[TrainerCallback]:
+    """The callbacks a config asks for, in order of action.
+
+    They are: flow, schedule, stop, checkpoint, Hub, interrupt, samples, loggers.
 
     Args:
         cfg: the experiment.
         accelerator: of this process.
         files: what the run starts from; without it nothing is pushed.
+        samples: what is spoken on the way; None for nothing.
 
     Raises:
         UserError: if TensorBoard is asked for and not installed.
@@ -47,15 +55,18 @@ def build_callbacks(cfg: Config, accelerator: Accelerator, files: BaseFiles | No
     if files is not None and (cfg.hub.repo_id is not None or cfg.hub.checkpoint_repo_id is not None):
         callbacks.append(HubCallback(cfg, accelerator, files))
     callbacks.append(InterruptCallback(accelerator))
+    writer = _summary_writer(cfg, accelerator) if cfg.callbacks.tensorboard else None
+    if samples is not None:
+        callbacks.append(SamplesCallback(accelerator, samples, writer))
     if cfg.callbacks.tensorboard:
-        callbacks.append(_tensorboard(cfg, accelerator))
+        callbacks.append(TensorBoardCallback(writer))
     if cfg.callbacks.progress:
         # A bar redraws itself; in a file or a pipe that is a wall of half lines.
         callbacks.append(ProgressCallback() if sys.stderr.isatty() else PrinterCallback())
     return callbacks
 
 
-def _tensorboard(cfg: Config, accelerator: Accelerator) -> TensorBoardCallback:
+def _summary_writer(cfg: Config, accelerator: Accelerator) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -64,4 +75,4 @@ def _tensorboard(cfg: Config, accelerator: Accelerator) -> TensorBoardCallback:
             "'tortoise_hf[tensorboard]' or set it to false."
         ) from error
     # The callback would write into a folder named after date and host; curves belong to the run.
-    return TensorBoardCallback(SummaryWriter(cfg.training.logging_dir) if accelerator.is_main_process else None)
+    return SummaryWriter(cfg.training.logging_dir) if accelerator.is_main_process else None
