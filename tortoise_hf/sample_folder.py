@@ -74,7 +74,7 @@ def listening_lines(run_dir: str | Path) -> list[str]:
         return []
     entries = json.loads((folder / SAMPLES_LIST).read_text(encoding="utf-8"))
     entry = next((one for one in entries if "base" in one), entries[0])
-    lines = [f"Listen to {entry['text']!r}, as rough previews:"]
+    lines = [f"Listen to {entry['text']!r}{', as rough previews' if entry.get('preview') else ''}:"]
     roles = {"before": "base", "after": "tuned"}
     lines += [f"  {name:<6}  {folder / entry[role]}" for name, role in roles.items() if role in entry]
     return [*lines, f"  page    {folder / PAGE}  (open it in a browser: all samples, with recordings and pictures)"]
