@@ -134,6 +134,11 @@ def test_the_token_comes_from_the_secrets(monkeypatch):
     monkeypatch.setattr(places, "_secret", lambda: "hf_secret")
     places.find_token()
     assert places.os.environ["HF_TOKEN"] == "hf_secret"
+    monkeypatch.setattr(
+        huggingface_hub, "get_token", lambda: "hf_of_colab"
+    )  # which only the notebook's process may ask
+    places.find_token()
+    assert places.os.environ["HF_TOKEN"] == "hf_of_colab"
     monkeypatch.delenv("HF_TOKEN")
 
 

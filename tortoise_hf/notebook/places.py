@@ -59,15 +59,15 @@ def upload() -> str:
 
 
 def find_token() -> None:
-    """See that there is a token for the Hub: one that is logged in, in HF_TOKEN, or among Colab's or Kaggle's secrets.
+    """Find a token for the Hub and put it where the scripts find it, which can't ask Colab or Kaggle themselves.
+
+    It is one that is logged in, in HF_TOKEN, or among the secrets.
 
     Raises: UserError: if there is none.
     """
     from huggingface_hub import get_token
 
-    if get_token():
-        return
-    token = _secret()
+    token = get_token() or _secret()
     if not token:
         raise UserError(
             f"There is no token for the Hub. Make one with write access at hf.co/settings/tokens and store it as the "

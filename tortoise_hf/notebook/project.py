@@ -6,6 +6,7 @@ file lies beside the run's folder, so that a shell can go on with the same run.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -176,7 +177,7 @@ class Project:
         from tortoise_hf.notebook.keep import Keeper
         from tortoise_hf.notebook.watch import Watch
 
-        self._voice = None
+        self._forget_voice()
         self._bring_back()
         watch = Watch(self.run_dir)
         keeper = Keeper(self.run_dir, self.keep_dir, self.cache_dir) if self.keep_dir else None
@@ -294,6 +295,17 @@ class Project:
 
             cfg = self.config()
             fetch_run(cfg.having({"training.resume": f"{SCHEME}{self.keep_on_hub}"}))
+
+    def _forget_voice(self) -> None:
+        """Give memory back that the training needs."""
+        if self._voice is None:
+            return
+        import torch
+
+        self._voice = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _export_dir(self) -> Path:
         from tortoise_hf.export import is_export
