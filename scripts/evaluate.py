@@ -177,6 +177,7 @@ def load_voice(args: argparse.Namespace, source: str, recordings: Recordings | N
     """A voice with the speaker asked for, its own, or the one in the recordings."""
     import torch
 
+    from tortoise_hf.evaluation.recognition import first_sentence
     from tortoise_hf.voice import Voice
 
     settings = {
@@ -196,7 +197,7 @@ def load_voice(args: argparse.Namespace, source: str, recordings: Recordings | N
         if recordings is None:
             raise
         voice = Voice.from_pretrained(source, clips=recordings.reference_clips(), **settings)
-        print(f"{error} Recordings from {recordings.source} are taken instead.", file=sys.stderr)
+        print(f"{first_sentence(error)}. Recordings from {recordings.source} are taken instead.", file=sys.stderr)
         return voice
 
 

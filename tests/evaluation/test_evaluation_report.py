@@ -62,6 +62,8 @@ def test_doubts_are_told(evaluation):
     assert "as they are" in doubtful.table()
     unchecked = dataclasses.replace(check, speaker_accuracy=None)
     assert "unchecked" in dataclasses.replace(evaluation, checks={"base": unchecked}).table()
+    deaf = dataclasses.replace(evaluation, unknown_words=("zyxtor", "qux"))
+    assert "count as wrong: zyxtor, qux." in deaf.table()
     bare = Evaluation({}, (column("base", "voice", None, None, ended=1.0),), {"base": Check()})
     assert "no recogniser" in bare.table()
     assert "no recordings" in bare.table()

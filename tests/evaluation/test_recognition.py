@@ -77,6 +77,10 @@ def test_sphinx_hears_the_demo_voice(sphinx):
     assert sphinx.transcribe(clip(1), 22_050) == first
 
 
+def test_words_that_cannot_be_heard(sphinx):
+    assert sphinx.unknown_words(["The cat and the dog!", "My honey."]) == ["and"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -119,6 +119,21 @@ def test_texts_alone(evaluate, places, tmp_path, capsys):
     assert "no recordings were given" in out
 
 
+def test_somebody_listens(evaluate, places, tmp_path, capsys):
+    grammar = "#JSGF V1.0;\ngrammar tiny;\npublic <said> = rain fell | he said yes;\n"
+    (tmp_path / "tiny.jsgf").write_text(grammar)
+    (tmp_path / "texts.txt").write_text("Rain fell.\nHe said no!\n")
+    listens = ("--asr", "pocketsphinx", "--grammar", "tiny.jsgf", "--texts", "texts.txt")
+    evaluate("--voice", places / "voice", "--preview", "--seed", "2", *listens)
+    words = read(tmp_path / "evaluation")["columns"][0]["words"]
+    assert (words["num_words"], len(words["heard"])) == (5, 2)
+    assert set(words["heard"]) <= {"", "rain fell", "he said yes"}
+    assert (tmp_path / "evaluation" / "word_error_rate.png").is_file()
+    out = capsys.readouterr().out
+    assert "count as wrong: no." in out
+    assert "words wrong (WER)" in out
+
+
 def test_the_whole_chain(evaluate, places, tmp_path, capsys):
     """Recordings of the same length go through diffusion model and vocoder as sampled codes do."""
     quick = ("--preset", "single_sample", "--num_samples", "2", "--steps", "2", "--num_texts", "2")

@@ -98,7 +98,10 @@ def evaluate_voices(
         spoken = speak_texts(voice, task.texts, task.preset, task.seed, task.preview, progress)
         columns.append(_judge(task, measures[channel], name, "voice", spoken, folder, say))
     order = ("recordings", "resynthesised", "voice")
-    return Evaluation(settings, tuple(sorted(columns, key=lambda column: order.index(column.kind))), checks)
+    columns.sort(key=lambda column: order.index(column.kind))
+    said = [each.text for column in columns for each in column.spoken]
+    unknown = [] if task.recognizer is None else task.recognizer.unknown_words(said)
+    return Evaluation(settings, tuple(columns), checks, tuple(unknown))
 
 
 def _keep_company(task: Task, voice: Voice, say: Callable[[str], None]) -> tuple[Measures, dict[str, list[Utterance]]]:

@@ -36,6 +36,10 @@ class Recognizer(Protocol):
         """What is said in (S,) samples in [-1, 1]."""
         ...
 
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """Words of the texts that it can't write down, each once: they will count as errors whatever is said."""
+        ...
+
 
 class SphinxRecognizer:
     """PocketSphinx with its own US English model, which comes with it: a download is never needed.
@@ -57,9 +61,10 @@ class SphinxRecognizer:
             raise UserError(f"The recogniser pocketsphinx isn't installed; install it with: {INSTALL}") from error
         self.name = "pocketsphinx" if grammar is None else f"pocketsphinx, grammar {grammar.name}"
         settings = {"samprate": float(_SPHINX_RATE), "cmn": "batch", "loglevel": "FATAL"}
+        self._grammar_words = None
         if grammar is not None:
             try:
-                grammar.read_text(encoding="utf-8")
+                self._grammar_words = _words_in(grammar.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"The grammar {grammar} can't be read ({error}); give a JSGF file.") from error
             settings["jsgf"] = str(grammar)
@@ -68,7 +73,7 @@ class SphinxRecognizer:
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"The grammar {grammar} is no JSGF grammar that pocketsphinx understands, or holds words that its "
-                f"dictionary lacks{_words_not_known(grammar)}; correct it."
+                f"dictionary lacks{_name_unknown(self._grammar_words or [])}; correct it."
             ) from error
 
     def transcribe(self, waveform: torch.Tensor, sample_rate: int) -> str:
@@ -81,6 +86,13 @@ class SphinxRecognizer:
         decoder.end_utt()
         found = decoder.hyp()
         return found.hypstr if found is not None else ""
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """Words of the texts that the grammar, or without one the dictionary, doesn't have."""
+        words = dict.fromkeys(word for text in texts for word in spoken_words(text).split())
+        if self._grammar_words is not None:
+            return [word for word in words if word not in self._grammar_words]
+        return [word for word in words if self._decoder.lookup_word(word) is None]
 
 
 class TransformersRecognizer:
@@ -107,6 +119,10 @@ class TransformersRecognizer:
         """What is said in (S,) samples in [-1, 1]."""
         samples = resample(waveform, sample_rate, self._rate).numpy()
         return self._pipeline({"raw": samples, "sampling_rate": self._rate})["text"]
+
+    def unknown_words(self, texts: Sequence[str]) -> list[str]:
+        """None: it spells."""
+        return []
 
 
 def load_recognizer(name: str, grammar: Path | None, device: torch.device) -> Recognizer:
@@ -204,18 +220,18 @@ def first_sentence(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
 
 
-def _words_not_known(grammar: Path | None) -> str:
-    """` (for instance: a, b)` of a grammar's words, as far as that can be told without parsing it."""
-    if grammar is None:
-        return ""
+def _words_in(grammar: str) -> list[str]:
+    """The words of a JSGF grammar, each once; read without parsing it, so a grammar that is none gives any words."""
+    no_words = r"/\*.*?\*/|//[^\n]*|#JSGF[^;]*;|grammar\s[^;]*;|import\s[^;]*;|<[^>]*>|\{[^}]*\}|/[^/]*/"
+    body = re.sub(no_words, " ", grammar, flags=re.DOTALL)
+    return list(dict.fromkeys(word for word in re.findall(r"[^\s|()\[\]=;*+\"]+", body) if word != "public"))
+
+
+def _name_unknown(words: Sequence[str]) -> str:
+    """` (for instance: a, b)`, the words that pocketsphinx's dictionary lacks; "" if it has them all."""
     from pocketsphinx import get_model_path
 
-    known = set()
     with open(get_model_path("en-us/cmudict-en-us.dict"), encoding="utf-8") as lines:
-        for line in lines:
-            known.add(line.split(maxsplit=1)[0])
-    body = re.sub(r"/\*.*?\*/|//[^\n]*|#JSGF[^;]*;|grammar\s[^;]*;|import\s[^;]*;|<[^>]*>|\{[^}]*\}|/[^/]*/", " ",
-                  grammar.read_text(encoding="utf-8"), flags=re.DOTALL)  # fmt: skip
-    words = dict.fromkeys(word for word in re.findall(r"[^\s|()\[\]=;*+\"]+", body) if word != "public")
+        known = {line.split(maxsplit=1)[0] for line in lines}
     missing = [word for word in words if word not in known]
     return f" (for instance: {', '.join(missing[:5])})" if missing else ""

@@ -81,6 +81,8 @@ class Evaluation:
     columns: tuple[Column, ...]
     checks: dict[str, Check]
     """Of each group of voices that share a DVAE, by the name of the first one."""
+    unknown_words: tuple[str, ...] = ()
+    """Words of the texts that the recogniser can't write down; they count as errors."""
 
     def save(self, folder: Path) -> None:
         """Write `evaluation.json` and the pictures."""
@@ -173,6 +175,12 @@ class Evaluation:
                 remarks.append(
                     f"It learnt the speaker{of} from recordings as they are, not through the voice's models."
                 )
+        if self.unknown_words:
+            more = f" and {len(self.unknown_words) - 5:,} more" if len(self.unknown_words) > 5 else ""
+            remarks.append(
+                "The recogniser doesn't know these words of the texts, so they count as wrong: "
+                f"{', '.join(self.unknown_words[:5])}{more}."
+            )
         if all(column.words is None for column in self.columns):
             remarks.append("Words were not checked: no recogniser was named.")
         if all(check.speaker_measure is None for check in self.checks.values()):
