@@ -71,11 +71,7 @@ class ExportReport:
 
     def summary(self) -> str:
         """A few lines for the user."""
-        what = (
-            f"{self.weights_file} for TorToiSe's programs"
-            if self.for_tortoise
-            else "sizes of its own, for this program"
-        )
+        what = f"{self.weights_file} for TorToiSe's programs" if self.for_tortoise else "for this program alone"
         lines = [f"Exported step {self.step} to {self.path} ({what}). Self-test:"]
         lines += [f"  {name}: {finding}" for name, finding in self.self_test.findings.items()]
         return "\n".join(lines)

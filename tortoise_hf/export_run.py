@@ -19,6 +19,7 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import load_base_weights, resolve_base
+from tortoise_hf.places import absolute_settings
 from tortoise_hf.run import RUN_FILE, export_summary
 
 
@@ -90,7 +91,7 @@ def export_run(
     Raises: UserError: as `find_trained`, `resolve_base` and `export_model`.
     """
     trained = find_trained(path)
-    model_config = ModelConfig(**trained.record["config"]["model"])
+    model_config = ModelConfig(**absolute_settings(trained.record)["model"])
     if weights_dir is not None:
         model_config = dataclasses.replace(model_config, weights_dir=weights_dir)
     files = resolve_base(model_config)

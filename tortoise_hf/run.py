@@ -34,6 +34,7 @@ from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.faults import LOCK_NAME, lock_folder
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
+from tortoise_hf.places import absolute_settings, public_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -258,6 +259,7 @@ def write_record(run: Run, cfg: Config) -> None:
         "finished_step": run.finished_step,
         "plan": run.plan,
         "hardware": _hardware(),
+        "cwd": os.getcwd(),
     }
     with _writing(run.output_dir):
         run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -353,7 +355,7 @@ def finish_run(
 def export_summary(
     record: Mapping[str, Any], log_history: Iterable[Mapping[str, Any]], lineage: Sequence[str]
 ) -> dict[str, Any]:
-    """What an export tells of its run.
+    """What an export tells of its run, without places on this machine.
 
     Args:
         record: content of the run's run.json.
@@ -361,7 +363,7 @@ def export_summary(
         lineage: see `BaseFiles.lineage`.
     """
     return {
-        "settings": record["config"],
+        "settings": public_settings(absolute_settings(record)),
         "num_train_clips": record["num_train_clips"],
         "evaluations": [dict(entry) for entry in log_history if "eval_loss" in entry],
         "lineage": list(lineage),

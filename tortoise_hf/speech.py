@@ -42,7 +42,7 @@ from tortoise_hf.text import TextTokenizer, clean_text
 logger = logging.getLogger(__name__)
 
 RANKED_AT_ONCE = 32
-"""Rows of codes that CLVP scores together."""
+"""Rows of codes that CLVP scores together; a quarter of them where memory is short."""
 CPU_CACHE_BYTES = 2_400_000_000
 """What the keys and values of rows sampled together may take on a CPU: 16 rows at the released size."""
 MOST_ROWS_ON_CPU = 64
@@ -144,9 +144,8 @@ class Chain:
         """(N,) scores of cleaned codes; the text is encoded once."""
         with self.shelf.use("clvp") as clvp:
             text = clvp.encode_text(text_ids.to(self.shelf.device).view(1, -1))
-            scores = [
-                (text * clvp.encode_codes(rows.to(self.shelf.device))).sum(-1) for rows in codes.split(RANKED_AT_ONCE)
-            ]
+            at_once = RANKED_AT_ONCE // (4 if self.shelf.low_memory else 1)
+            scores = [(text * clvp.encode_codes(rows.to(self.shelf.device))).sum(-1) for rows in codes.split(at_once)]
             return (torch.cat(scores) * clvp.temperature.float().exp()).cpu()
 
     @torch.inference_mode()

@@ -21,7 +21,8 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.hub.client import ATTEMPTS, CHECKPOINT_MARKER, explain, is_passing
 from tortoise_hf.hub.pull import MOST_FILES, check_space, compare, is_safe_name
 from tortoise_hf.hub.push import Pushed, push_folder
-from tortoise_hf.hub.voice_folder import PATH_SETTINGS, link_file, public_settings
+from tortoise_hf.hub.voice_folder import link_file
+from tortoise_hf.places import PATH_SETTINGS, absolute_settings, public_settings
 from tortoise_hf.run import CLIPS_FILE, RUN_FILE
 
 SCHEME = "hub:"
@@ -42,7 +43,8 @@ def stage_checkpoints(run_dir: Path, names: Iterable[str], target: Path) -> None
         for path in (run_dir / name).iterdir():
             link_file(path, target / name / path.name)
     record = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-    record["config"] = public_settings(record["config"])
+    record["config"] = public_settings(absolute_settings(record))
+    record.pop("cwd", None)
     (target / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(run_dir / CLIPS_FILE, target / CLIPS_FILE)
 

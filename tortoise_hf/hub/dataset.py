@@ -17,7 +17,7 @@ from tortoise_hf.data.prepare import Prepared
 from tortoise_hf.errors import UserError
 from tortoise_hf.hub.client import ATTEMPTS, require_consent
 from tortoise_hf.hub.push import Pushed, push_folder
-from tortoise_hf.hub.voice_folder import local_paths
+from tortoise_hf.places import local_paths
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
 MARKER = "tortoise_hf.json"

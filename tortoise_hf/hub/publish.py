@@ -18,8 +18,9 @@ from tortoise_hf.export_run import export_run
 from tortoise_hf.hub.client import ATTEMPTS, VOICE_MARKER, check_access, require_consent
 from tortoise_hf.hub.conditioning import write_clips
 from tortoise_hf.hub.push import Pushed, push_folder
-from tortoise_hf.hub.voice_folder import assemble_voice, hub_settings, local_paths
+from tortoise_hf.hub.voice_folder import assemble_voice, hub_settings
 from tortoise_hf.latents import CLIPS_FOLDER
+from tortoise_hf.places import absolute_settings, local_paths
 from tortoise_hf.run import CLIPS_FILE, EXPORT_DIR, RUN_FILE
 
 HUB_DIR = ".hub"
@@ -56,7 +57,7 @@ def push_run(
         raise UserError(
             f"{run_dir} is not a run's folder: it has no {RUN_FILE}. Name the training.output_dir of a run."
         )
-    settings = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))["config"]
+    settings = absolute_settings(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8")))
     hub = hub_settings(settings, changes)
     if hub.repo_id is None:
         raise UserError(f"{run_dir} names no repository; give one, for instance --repo_id you/your-voice.")
@@ -71,6 +72,7 @@ def push_run(
         run_dir / HUB_DIR / "voice",
         run_dir,
         hub,
+        settings["model"]["weights_dir"],
         local_paths=local_paths(settings, run_dir),
         attempts=attempts,
         wait=wait,
@@ -80,20 +82,23 @@ def push_run(
     return pushed
 
 
-def push_voice(export_dir: Path, staging: Path, run_dir: Path, hub: HubConfig, **options: Any) -> Pushed:
+def push_voice(
+    export_dir: Path, staging: Path, run_dir: Path, hub: HubConfig, weights_dir: str | None = None, **options: Any
+) -> Pushed:
     """Make a voice of an export and push it; how that went is noted in the run's folder.
 
     Args:
-        export_dir: see `assemble_voice`, as for run_dir and hub.
+        export_dir: see `assemble_voice`, as for run_dir, hub and weights_dir.
         staging: folder to make the voice in.
         run_dir: the run's folder.
         hub: where to.
+        weights_dir: folder with the released files, if there is one.
         options: of `push_folder`.
 
     Raises:
         UserError: as `push_folder`.
     """
-    folder = assemble_voice(export_dir, staging, run_dir, hub)
+    folder = assemble_voice(export_dir, staging, run_dir, hub, weights_dir)
     step = json.loads((folder / VOICE_MARKER).read_text(encoding="utf-8"))["step"]
     try:
         pushed = push_folder(
@@ -165,4 +170,6 @@ def push_at_end(run_dir: str | Path) -> str:
             f"python scripts/push.py {run_dir}"
         )
     what = "Pushed" if pushed.changed else "Already up to date"
-    return f"{what}: {pushed.url} (commit {pushed.commit[:8]}). Pull it anywhere: scripts/pull.py {pushed.repo_id}"
+    return (
+        f"{what}: {pushed.url} (commit {pushed.commit[:8]}). Pull it anywhere: python scripts/pull.py {pushed.repo_id}"
+    )

@@ -339,7 +339,8 @@ def copy_voice(folder: Path, target: Path) -> None:
         raise UserError(f"{target} is not empty; name a folder that isn't there yet.")
     staging = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
-        shutil.copytree(folder, staging, ignore=shutil.ignore_patterns(".*"))
+        # Content alone: files of the cache may be read-only.
+        shutil.copytree(folder, staging, ignore=shutil.ignore_patterns(".*"), copy_function=shutil.copyfile)
         if target.is_dir():
             target.rmdir()
         staging.rename(target)

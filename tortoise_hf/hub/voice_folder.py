@@ -20,37 +20,13 @@ from tortoise_hf.export import FORMAT, MARKER, SUMMARY
 from tortoise_hf.hub.card import CardFacts, Sample, make_card
 from tortoise_hf.hub.conditioning import write_latents
 from tortoise_hf.hub.curve import draw_curve, read_log
-from tortoise_hf.hub.pull import is_hub_name
 from tortoise_hf.latents import CLIPS_FOLDER, LATENTS_NAME, load_latents
 from tortoise_hf.models.checkpoint_formats import fits_tortoise, published_state_dict, read_tensors, write_published
 from tortoise_hf.models.gpt import GPTConfig
 from tortoise_hf.models.released import file_sha256
+from tortoise_hf.places import public_settings
 from tortoise_hf.sample_folder import SAMPLES_DIR, SAMPLES_LIST
 from tortoise_hf.units import format_seconds
-
-PATH_SETTINGS = (
-    "data.root", "data.train_list", "data.eval_list", "data.cache_dir", "model.base", "model.weights_dir",
-    "model.tokenizer", "training.output_dir", "training.resume",
-)  # fmt: skip
-"""Settings that name places on this machine."""
-
-
-def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the last part only of whatever names a place on this machine; what concerns the Hub is left out."""
-    public = {section: dict(values) for section, values in settings.items() if section != "hub"}
-    for key in PATH_SETTINGS:
-        section, name = key.split(".")
-        value = public.get(section, {}).get(name)
-        if isinstance(value, str) and ("/" in value or "\\" in value) and not is_hub_name(value):
-            public[section][name] = Path(value.replace("\\", "/")).name
-    return public
-
-
-def local_paths(settings: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """Absolute folders that nothing uploaded may name."""
-    places = [settings.get(key.split(".")[0], {}).get(key.split(".")[1]) for key in PATH_SETTINGS]
-    found = [str(Path(place).expanduser()) for place in places if isinstance(place, str)]
-    return [path for path in [*found, str(run_dir.absolute()), os.getcwd()] if os.path.isabs(path)]
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -102,7 +78,9 @@ def write_checkpoint_export(
     _write_json(out_dir / MARKER, marker)
 
 
-def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfig) -> Path:
+def assemble_voice(
+    export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfig, weights_dir: str | None = None
+) -> Path:
     """Make the folder that is pushed: an export, its card, curve, reference clips with their latents, and samples.
 
     Args:
@@ -110,6 +88,7 @@ def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfi
         out_dir: folder to make; an earlier one is replaced.
         run_dir: the run's folder; its log, dataset report, reference clips and samples are used if they are there.
         hub: repository, consent and licence for the card.
+        weights_dir: see `write_latents`.
 
     Returns: out_dir.
     """
@@ -118,16 +97,15 @@ def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfi
         link_file(path, out_dir / path.relative_to(export_dir))
     summary = _read_json(export_dir / SUMMARY)
     marker = _read_json(export_dir / MARKER)
-    settings = summary["settings"]
     log_history = read_log(run_dir / "log.jsonl")
-    summary["settings"] = public_settings(settings)
+    settings = summary["settings"] = public_settings(summary["settings"])
     summary["lineage"] = _lineage(summary, settings)
     _replace_json(out_dir / SUMMARY, summary)
     marker["files"][SUMMARY] = _describe(out_dir / SUMMARY)
     _replace_json(out_dir / MARKER, marker)
     for path in sorted((run_dir / CLIPS_FOLDER).glob("*.wav")):
         link_file(path, out_dir / CLIPS_FOLDER / path.name)
-    write_latents(out_dir, settings["model"].get("weights_dir"))
+    write_latents(out_dir, weights_dir)
     latents = load_latents(out_dir / LATENTS_NAME) if (out_dir / LATENTS_NAME).is_file() else None
     samples = _take_samples(run_dir / SAMPLES_DIR, out_dir / SAMPLES_DIR)
     report = _read_json(run_dir / "dataset_report.json") if (run_dir / "dataset_report.json").is_file() else {}
@@ -143,7 +121,7 @@ def assemble_voice(export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfi
         settings=summary["settings"],
         lineage=summary["lineage"],
         evaluations=summary["evaluations"],
-        dataset=root.split("@")[0] if is_hub_name(root) else None,
+        dataset=root.split("@")[0] if "/" in root else None,
         num_clips=summary.get("num_train_clips"),
         minutes=report.get("minutes"),
         duration=None if duration is None else format_seconds(duration),

@@ -41,12 +41,14 @@ def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None
 
     from tortoise_hf.hub.checkpoints import push_checkpoints
     from tortoise_hf.hub.publish import HUB_DIR, push_voice
-    from tortoise_hf.hub.voice_folder import hub_settings, local_paths, write_checkpoint_export
+    from tortoise_hf.hub.voice_folder import hub_settings, write_checkpoint_export
+    from tortoise_hf.places import absolute_settings, local_paths
     from tortoise_hf.run import RUN_FILE, export_summary
 
     torch.set_num_threads(1)
     record, told = (_read_json(path) for path in (run_dir / RUN_FILE, staging / "step.json"))
-    hub, paths = hub_settings(record["config"]), local_paths(record["config"], run_dir)
+    settings = absolute_settings(record)
+    hub, paths = hub_settings(settings), local_paths(settings, run_dir)
     if (staging / "resume").is_dir():
         push_checkpoints(staging / "resume", hub.checkpoint_repo_id, told["step"], local_paths=paths, wait=stop.wait)
     if (staging / "checkpoint").is_dir():
@@ -54,7 +56,8 @@ def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None
         summary = export_summary(record, log_history, told["lineage"])
         companions = run_dir / HUB_DIR / "companions"
         write_checkpoint_export(staging / "checkpoint", staging / "export", companions, told["step"], summary)
-        push_voice(staging / "export", staging / "voice", run_dir, hub, local_paths=paths, wait=stop.wait)
+        weights_dir = settings["model"]["weights_dir"]
+        push_voice(staging / "export", staging / "voice", run_dir, hub, weights_dir, local_paths=paths, wait=stop.wait)
 
 
 def _obey_input() -> threading.Event:
