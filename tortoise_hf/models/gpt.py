@@ -204,6 +204,8 @@ class GPT2Stack(GPT2Model):
             embd_pdrop=config.dropout,
             attn_pdrop=config.dropout,
             resid_pdrop=config.dropout,
+            # GPT-2's own approximation in one kernel; "gelu_new" is the same formula in eight.
+            activation_function="gelu_pytorch_tanh",
             initializer_range=config.initializer_range,
             bos_token_id=None,  # it has no vocabulary of its own
             eos_token_id=None,
