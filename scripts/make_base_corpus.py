@@ -2,9 +2,9 @@
 
     python scripts/make_base_corpus.py --output /tmp/base_corpus
 
-Needs flite and espeak-ng (Debian and Ubuntu: `apt install flite espeak-ng`). Some of the speakers are flite's and
-espeak-ng's voices as they are, others the same voices with other pitch and formants. flite's slt, the demo voice, is
-not among them. The same synthesizers and seed give the same samples again.
+Needs flite and espeak-ng (Debian and Ubuntu: `apt install flite espeak-ng`) and pyworld (`pip install -e
+".[corpus]"`). The speakers are voices of flite and espeak-ng, most with other pitch and formants, each with a spectrum
+of its own. flite's slt, the demo voice, is not among them. The same synthesizers and seed give the same samples again.
 """
 
 from __future__ import annotations
@@ -14,50 +14,73 @@ import itertools
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from base_domain import Sentence, draw_sentences
-from synthesizers import SAMPLE_RATE, Speaker, find_program, speak, write_clip
+from synthesizers import GAIN_FREQUENCIES, SAMPLE_RATE, Speaker, find_program, speak, write_clip
 
 from tortoise_hf.errors import UserError
 
+GAIN_RANGE = 4.0
+"""Each speaker's spectrum is raised or lowered by up to so many dB, see `Speaker.gains`."""
 
-def _flite(name: str, voice: str, shift: float = 1.0, pitch: int | None = None, stretch: float = 1.0) -> Speaker:
-    """`pitch` is the mean in Hz before, `stretch` the duration after, the shift of all frequencies.
 
-    rms, unlike awb and kal16, keeps its own pitch whatever flite is told.
+def _flite(
+    name: str, voice: str, shift: float = 1.0, mean: int | None = None, stretch: float = 1.0, pitch: float = 1.0
+) -> Speaker:
+    """`mean` is flite's pitch in Hz before the shift of all frequencies, `stretch` the duration after it.
+
+    rms, unlike awb and kal16, keeps its 98 Hz whatever flite is told, so it takes `pitch`, a factor.
     """
     options = ["--setf", f"duration_stretch={shift * stretch:.3f}"]
-    if pitch is not None:
-        options += ["--setf", f"int_f0_target_mean={pitch}"]
-    return Speaker(name, "flite", voice, tuple(options), shift)
+    if mean is not None:
+        options += ["--setf", f"int_f0_target_mean={mean}"]
+    return Speaker(name, "flite", voice, tuple(options), shift, pitch)
 
 
 def _espeak(name: str, voice: str, pitch: int, words_per_minute: int) -> Speaker:
     return Speaker(name, "espeak-ng", voice, ("-p", str(pitch), "-s", str(words_per_minute)))
 
 
-SPEAKERS = [
-    _flite("rms", "rms"),
-    _flite("rms-low", "rms", shift=0.9),
-    _flite("rms-high", "rms", shift=1.2),
-    _flite("awb", "awb"),
-    _flite("awb-low", "awb", shift=0.9, stretch=1.1),
-    _flite("awb-alto", "awb", shift=1.08, pitch=155, stretch=1.1),
-    _flite("awb-woman", "awb", shift=1.15, pitch=160, stretch=1.05),
-    _flite("awb-girl", "awb", shift=1.22, pitch=175),
-    _flite("kal", "kal16"),
-    _flite("kal-woman", "kal16", shift=1.18, pitch=150),
-    _flite("kal-girl", "kal16", shift=1.12, pitch=185, stretch=1.05),
-    _espeak("us-man", "en-us", pitch=45, words_per_minute=160),
-    _espeak("us-woman", "en-us+f2", pitch=50, words_per_minute=155),
-    _espeak("us-girl", "en-us+f5", pitch=60, words_per_minute=165),
-    _espeak("us-alto", "en-us+f4", pitch=40, words_per_minute=150),
-    _espeak("gb-woman", "en-gb+f1", pitch=55, words_per_minute=160),
-]
+def _with_gains(speakers: list[Speaker]) -> list[Speaker]:
+    """Give each its own spectrum, always the same."""
+    generator = np.random.default_rng(0)
+    gains = generator.uniform(-GAIN_RANGE, GAIN_RANGE, (len(speakers), len(GAIN_FREQUENCIES))).round(1)
+    return [replace(speaker, gains=tuple(row.tolist())) for speaker, row in zip(speakers, gains, strict=True)]
+
+
+SPEAKERS = _with_gains(
+    [
+        _flite("rms", "rms"),
+        _flite("rms-low", "rms", shift=0.9),
+        _flite("rms-high", "rms", shift=1.1),
+        _flite("rms-alto", "rms", shift=1.06, pitch=1.5, stretch=1.05),
+        _flite("rms-woman", "rms", shift=1.12, pitch=1.6),
+        _flite("rms-lady", "rms", shift=1.15, pitch=1.5, stretch=0.95),
+        _flite("rms-girl", "rms", shift=1.2, pitch=1.75),
+        _flite("awb", "awb"),
+        _flite("awb-low", "awb", shift=0.9, stretch=1.1),
+        _flite("awb-alto", "awb", shift=1.08, mean=155, stretch=1.1),
+        _flite("awb-woman", "awb", shift=1.15, mean=160, stretch=1.05),
+        _flite("awb-girl", "awb", shift=1.22, mean=175),
+        _flite("kal", "kal16"),
+        _flite("kal-low", "kal16", shift=0.93, mean=100),
+        _flite("kal-alto", "kal16", shift=1.08, mean=150, stretch=1.05),
+        _flite("kal-woman", "kal16", shift=1.18, mean=150),
+        _flite("kal-girl", "kal16", shift=1.12, mean=185, stretch=1.05),
+        _espeak("us-man", "en-us", pitch=45, words_per_minute=160),
+        _espeak("us-woman", "en-us+f2", pitch=50, words_per_minute=155),
+        _espeak("us-girl", "en-us+f5", pitch=60, words_per_minute=165),
+        _espeak("us-alto", "en-us+f4", pitch=40, words_per_minute=150),
+        _espeak("us-lady", "en-us+f3", pitch=50, words_per_minute=160),
+        _espeak("us-boy", "en-us+m3", pitch=60, words_per_minute=155),
+        _espeak("gb-woman", "en-gb+f1", pitch=55, words_per_minute=160),
+    ]
+)
 """They read equally many sentences, each other ones. More of flite's, whose sound is nearer to the demo voice's."""
 
 
@@ -120,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, speak, say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--hours", type=float, default=4.2, help="how much to speak (default: %(default)s)")
+    parser.add_argument("--hours", type=float, default=10.0, help="how much to speak (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sentences (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus of a folder that is not empty")
     parser.add_argument("--processes", type=int, default=2, help="synthesizers at a time (default: %(default)s)")

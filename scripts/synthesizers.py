@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _SILENT_DB = -45
 """A stretch of 5 ms is silent if its RMS is that far below the clip's peak."""
 _LEVEL_DB = -20
 """RMS of a clip's speech, dB of full scale. flite's voices then have peaks of 0.35 to 0.75."""
+GAIN_FREQUENCIES = (150, 400, 1000, 2500, 5000, 8000)
+"""Hz; between them a gain changes evenly over the logarithm of the frequency."""
 _PEAK = 0.9
 """Clips with higher peaks are quieter instead: some of espeak-ng's."""
 
@@ -43,6 +46,10 @@ class Speaker:
     """More of the program's options."""
     shift: float = 1.0
     """Factor on all frequencies, formants and pitch, by playing it faster; the options make it speak slower."""
+    pitch: float = 1.0
+    """Factor on the pitch alone, before the shift, by the WORLD vocoder."""
+    gains: tuple[float, ...] = ()
+    """dB at `GAIN_FREQUENCIES`, as another vocal tract and another microphone have them."""
 
 
 def find_program(name: str) -> str:
@@ -84,11 +91,13 @@ def speak(text: str, speaker: Speaker) -> np.ndarray:
             reason = result.stderr.strip() or f"exit status {result.returncode}"
             raise UserError(f"{speaker.program} could not speak {text!r} with the voice {speaker.voice} ({reason}).")
         samples, spoken_rate = soundfile.read(path, dtype="float64")
+    if speaker.pitch != 1:
+        samples = _change_pitch(samples, spoken_rate, speaker.pitch)
     # Rates with a large common divisor keep the resampling filter short.
     played_rate = round(spoken_rate * speaker.shift / 50) * 50
     # In float64 the rounding below does not depend on the order of additions, so other machines give the same samples.
     samples = torchaudio.functional.resample(torch.from_numpy(samples), played_rate, SAMPLE_RATE).numpy()
-    speech = _trim(samples)
+    speech = _trim(_equalize(samples, speaker.gains) if speaker.gains else samples)
     rms, peak = np.sqrt(np.mean(speech**2)), np.abs(speech).max()
     speech = speech * min(10 ** (_LEVEL_DB / 20) / rms, _PEAK / peak)
     silence = np.zeros(round(SILENCE * SAMPLE_RATE))
@@ -99,6 +108,29 @@ def speak(text: str, speaker: Speaker) -> np.ndarray:
 def write_clip(path: Path, samples: np.ndarray) -> None:
     """Write int16 samples (S,) as FLAC."""
     soundfile.write(path, samples, SAMPLE_RATE, "PCM_16", compression_level=1.0)
+
+
+def _change_pitch(samples: np.ndarray, rate: int, factor: float) -> np.ndarray:
+    """Multiply the pitch and keep formants and duration; float64 (S,) to about (S,)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it imports pkg_resources
+            import pyworld
+    except ModuleNotFoundError:
+        raise UserError(
+            "Changing a voice's pitch takes the package pyworld; install it (`pip install -e '.[corpus]'`)."
+        ) from None
+    f0, envelope, aperiodicity = pyworld.wav2world(samples, rate)
+    return pyworld.synthesize(f0 * factor, envelope, aperiodicity, rate)
+
+
+def _equalize(samples: np.ndarray, gains: tuple[float, ...]) -> np.ndarray:
+    """Raise and lower parts of the spectrum, without delay; (S,) to (S,)."""
+    # Past the end there is room for what the filter draws out, so that it doesn't come round to the beginning.
+    length = len(samples) + SAMPLE_RATE // 10
+    frequencies = np.fft.rfftfreq(length, 1 / SAMPLE_RATE)
+    decibels = np.interp(np.log(np.maximum(frequencies, 1)), np.log(GAIN_FREQUENCIES), gains)
+    return np.fft.irfft(np.fft.rfft(samples, length) * 10 ** (decibels / 20), length)[: len(samples)]
 
 
 def _trim(samples: np.ndarray) -> np.ndarray:

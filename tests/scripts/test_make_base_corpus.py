@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from importlib.util import find_spec
 
 import make_base_corpus
 import numpy as np
@@ -18,6 +19,7 @@ from tortoise_hf.errors import UserError
 needs_synthesizers = pytest.mark.skipif(
     not (shutil.which("flite") and shutil.which("espeak-ng")), reason="flite or espeak-ng is not installed"
 )
+needs_pyworld = pytest.mark.skipif(find_spec("pyworld") is None, reason="pyworld is not installed")
 RATE = 22_050
 
 
@@ -44,6 +46,7 @@ def spoken(monkeypatch, tmp_path):
     monkeypatch.setattr(synthesizers, "find_program", str)
     monkeypatch.setattr(make_base_corpus, "find_program", str)
     monkeypatch.setattr(synthesizers.subprocess, "run", run)
+    monkeypatch.setattr(synthesizers, "_change_pitch", lambda samples, *_: samples)  # pyworld may not be installed
     return commands
 
 
@@ -55,7 +58,11 @@ def test_the_demo_voice_is_not_among_the_speakers_and_most_voices_differ():
     speakers = make_base_corpus.SPEAKERS
     assert SLT.voice not in {speaker.voice for speaker in speakers}
     assert len({speaker.name for speaker in speakers}) == len(speakers) >= 12
-    assert len({(speaker.voice, speaker.options, speaker.shift) for speaker in speakers}) == len(speakers)
+    assert len({(speaker.voice, speaker.options, speaker.shift, speaker.pitch) for speaker in speakers}) == len(
+        speakers
+    )
+    assert len({speaker.gains for speaker in speakers}) == len(speakers)
+    assert all(len(speaker.gains) == len(synthesizers.GAIN_FREQUENCIES) for speaker in speakers)
 
 
 def test_the_corpus_is_read_as_rows_with_speakers_and_texts_of_the_domain(spoken, tmp_path):
@@ -115,6 +122,30 @@ def test_a_shift_plays_faster_and_higher(spoken):
     assert spectrum.argmax() * RATE / len(speech) == pytest.approx(250, abs=5)
 
 
+def test_gains_change_the_spectrum_as_they_say():
+    noise = np.random.default_rng(0).normal(size=RATE)
+    gains = (0.0, 0.0, 6.0, -6.0, 0.0, 0.0)
+    change = np.abs(np.fft.rfft(synthesizers._equalize(noise, gains))) / np.abs(np.fft.rfft(noise))
+    decibels = [20 * np.log10(np.median(change[hz - 20 : hz + 20])) for hz in (150, 1000, 2500, 8000)]
+    assert decibels == pytest.approx([0, 6, -6, 0], abs=0.5)
+
+
+@needs_synthesizers
+@needs_pyworld
+def test_a_pitch_is_changed_without_the_duration():
+    def pitch(clip: np.ndarray) -> float:
+        """Median Hz of the loud half of the windows, by autocorrelation."""
+        windows = clip[: len(clip) // 1024 * 1024].reshape(-1, 1024).astype(float)
+        loud = windows[(windows**2).mean(1) > np.median((windows**2).mean(1))]
+        correlations = [np.correlate(window, window, "full")[1023:] for window in loud]
+        return float(np.median([RATE / (80 + each[80:300].argmax()) for each in correlations]))
+
+    plain = synthesizers.speak("Where is the red table?", synthesizers.Speaker("rms", "flite", "rms"))
+    high = synthesizers.speak("Where is the red table?", synthesizers.Speaker("high", "flite", "rms", pitch=1.6))
+    assert pitch(high) / pitch(plain) == pytest.approx(1.6, rel=0.1)
+    assert len(high) == pytest.approx(len(plain), rel=0.02)
+
+
 def test_a_missing_synthesizer_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"flite.*was not found on PATH; install it"):
@@ -138,6 +169,7 @@ def test_hours_must_be_above_zero(tmp_path, capsys):
 
 
 @needs_synthesizers
+@needs_pyworld
 def test_all_speakers_speak_and_two_of_them_differ():
     clips = {
         speaker.name: synthesizers.speak("Where is the red table?", speaker) for speaker in make_base_corpus.SPEAKERS
@@ -148,6 +180,7 @@ def test_all_speakers_speak_and_two_of_them_differ():
 
 
 @needs_synthesizers
+@needs_pyworld
 def test_main_says_what_came_out(tmp_path, capsys):
     make_base_corpus.main(["--output", str(tmp_path / "corpus"), "--hours", "0.002"])
     assert "clips of" in capsys.readouterr().out
