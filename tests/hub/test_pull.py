@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def change(hub, **files):
 
 def test_a_voice_comes_whole_and_without_what_nobody_needs(voice, export, tmp_path):
     folder = pull_voice("me/voice")
+    (folder / "model.safetensors").resolve().chmod(0o444)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found >= {*NAMES, "conditioning/1.wav", "dvae/config.json", "dvae/model.safetensors"}
     assert not found & {"big.bin", "a/b.py", "5_gpt.pth"}
@@ -66,6 +68,7 @@ def test_a_voice_comes_whole_and_without_what_nobody_needs(voice, export, tmp_pa
     assert all(tensor.equal(weights[key]) for key, tensor in TortoiseGPT.from_pretrained(folder).state_dict().items())
     copy_voice(folder, tmp_path / "mine")
     assert not (tmp_path / "mine" / "model.safetensors").is_symlink()
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in (tmp_path / "mine").rglob("*"))  # the cache's may not be
     with pytest.raises(UserError, match="not empty"):
         copy_voice(folder, tmp_path / "mine")
     assert pull_voice(tmp_path / "mine") == tmp_path / "mine"

@@ -72,6 +72,24 @@ def test_a_pushed_voice_brings_what_its_own_gpt_hears(hub, tmp_path, tiny_base):
     assert push_run(run).changed is False
 
 
+def test_places_are_found_from_another_folder(hub, tmp_path, tiny_base, monkeypatch):
+    """A relative path looks like a name on the Hub from where it leads nowhere."""
+    write_recordings(tmp_path / "sets" / "recordings", {"c0": 2.0})
+    monkeypatch.chdir(tmp_path)
+    settings = {"hub__repo_id": "me/voice", "hub__consent": CONSENT, "data__root": "sets/recordings"}
+    run = make_run(tmp_path, tiny_base, **settings)
+    (run / "train_clips.json").write_text(json.dumps({"c0": ""}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    push_run(run)
+    files = hub.repository("me/voice").files()
+    assert "conditioning/clip-1.wav" in files
+    assert json.loads(files["training_summary.json"])["settings"]["data"]["root"] == "recordings"
+    assert "datasets" not in ModelCard(files["README.md"].decode()).data.to_dict()
+    shutil.rmtree(run / "export")
+    assert push_run(run).changed is False  # exported again, from here
+
+
 def test_the_diffusion_model_is_heard_too_where_it_is_at_hand(tmp_path):
     chain = make_tiny_chain(tmp_path / "chain")
     voice = make_tiny_voice(tmp_path / "voice", SENTENCES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import torch
@@ -41,7 +42,7 @@ def make_run(tmp_path, base, value=5.0, name="run", **settings):
     scheduler = build_lr_scheduler(optimizer, OptimConfig(), max_steps=10)
     state = TrainerState(global_step=5, best_global_step=5, best_model_checkpoint="checkpoint-5", log_history=LOG)
     save_checkpoint(folder, Accelerator(cpu=True), model, optimizer, scheduler, state)
-    (folder / "run.json").write_text(json.dumps({"config": cfg.to_dict(), "num_train_clips": 7}))
+    (folder / "run.json").write_text(json.dumps({"config": cfg.to_dict(), "num_train_clips": 7, "cwd": os.getcwd()}))
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     (folder / "dataset_report.json").write_text(json.dumps({"minutes": 12.3}))
     export_run(folder, folder / "export")
