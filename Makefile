@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/python tests/demo_hub.py $(DEMO)
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

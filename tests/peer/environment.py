@@ -18,6 +18,8 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 # tortoise-tts 3.0.0 asks for transformers 4.31.0; on Python 3.12 there are no wheels of the tokenizers that one needs,
 # so the nearest version with some takes its place. The older versions are those strict loaders are pinned to.
 RECIPES = {
@@ -86,15 +88,16 @@ def peer_environment() -> Peer:
     default = Path(__file__).resolve().parents[2] / ".cache" / "peer-env"
     root = Path(os.environ.get("TORTOISE_HF_PEER_ENV", default))
     folder = root / f"py{version[0]}{version[1]}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-    if not folder.is_dir():
-        _build(folder, recipe, torch_folder)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{folder.name}.lock"):  # two processes run the tests
+        if not folder.is_dir():
+            _build(folder, recipe, torch_folder)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     return Peer(python, recipe[0], {older: folder / f"transformers-{older}" for older in recipe[2]})
 
 
 def _build(folder: Path, recipe: tuple[str, str, tuple[str, ...]], torch_folder: Path) -> None:
     transformers, tokenizers, older = recipe
-    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -113,9 +116,6 @@ def _build(folder: Path, recipe: tuple[str, str, tuple[str, ...]], torch_folder:
         (packages / "zz_torch_of_the_project.pth").write_text(f"{torch_folder}\n", encoding="utf-8")
         _check(python, "import torch, torchaudio, transformers, tortoise.models.autoregressive")
         staging.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another test run was faster, otherwise
-            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
