@@ -141,15 +141,19 @@ class ConditioningAttention(GradientCheckpointingLayer):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return ``hidden + attention``: the residual is the input as it came, not its normalised form."""
+    def forward(self, hidden: torch.Tensor, num_answers: int | None = None) -> torch.Tensor:
+        """Return ``hidden + attention``: the residual is the input as it came, not its normalised form.
+
+        With `num_answers` only that many frames are answered for, the first ones: (N, D, num_answers).
+        """
         clips, channels, frames = hidden.shape
         # The channels are split into heads first and into query, key, value inside each head.
         heads = self.qkv(self.norm(hidden)).view(clips, self.num_heads, 3, channels // self.num_heads, frames)
         query, key, value = heads.transpose(3, 4).unbind(2)
         # Its kernels take the softmax in float32; the default scale equals TorToiSe's head ** -0.25 on both sides.
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        return hidden + self.proj_out(attended.transpose(2, 3).reshape(clips, channels, frames))
+        attended = nn.functional.scaled_dot_product_attention(query[:, :, :num_answers], key, value)
+        attended = attended.transpose(2, 3).reshape(clips, channels, -1)
+        return hidden[:, :, :num_answers] + self.proj_out(attended)
 
 
 class ConditioningEncoder(nn.Module):
@@ -165,7 +169,11 @@ class ConditioningEncoder(nn.Module):
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         """Return the state of the first frame, which has attended to all others."""
-        return self.attn(self.init(mel))[:, :, 0]
+        *blocks, last = self.attn
+        hidden = self.init(mel)
+        for block in blocks:
+            hidden = block(hidden)
+        return last(hidden, num_answers=1)[:, :, 0]
 
 
 class LearnedPositions(nn.Module):
