@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, make_tiny_voice
 
+from tortoise_hf.notebook.project import Project
 from tortoise_hf.notebook.settings import GUIDE_FIELDS
 
 PATH = REPOSITORY / "notebooks" / "finetune.ipynb"
@@ -158,7 +159,9 @@ def test_interrupted_lost_and_run_again(base, tmp_path, hub, monkeypatch):
         "TrainingRate": 1e-3,
         "TrainBS": "8",
         "PrintFreq": "2",
-        "Other_Settings": "data.conditioning_seconds: 0.5",
+        "Data_Settings": "data.conditioning_seconds: 0.5",
+        "Keep_On_Hub": "me/my-run",
+        "Other_Settings": "samples.num_texts: 2",
     }
 
     # A long run, interrupted while it trains.
@@ -180,6 +183,9 @@ def test_interrupted_lost_and_run_again(base, tmp_path, hub, monkeypatch):
 
     # The machine is gone; on another one the same cells go on from the copy, to the end.
     shutil.rmtree(lost)
+    third = str(tmp_path / "third")
+    Project("my_voice", given["Dataset_Training_Path"], base=str(base), keep_on_hub="me/my-run", folder=third)
+    assert (tmp_path / "third" / "my_voice" / checkpoint / "model.safetensors").is_file(), "or from the Hub"
     found = tmp_path / "found"
     found.mkdir()
     settings = given | {"Max_Steps": str(step + 4), "Export_To": str(tmp_path / "exports"), "Preview": True}
@@ -206,7 +212,9 @@ def test_a_mistake_ends_in_a_sentence(tmp_path):
     notebook = without_install(filled(Dataset_Training_Path=str(tmp_path / "nowhere")))
     error = execute(notebook, tmp_path)
     assert error is not None
-    assert shown(notebook, "recordings").splitlines()[-1].startswith("error: data.root: there is no folder or archive")
+    *_, sentence, hint = shown(notebook, "recordings").splitlines()
+    assert sentence.startswith("error: data.root: there is no folder or archive")
+    assert hint == "In this notebook: data.root is the field Dataset_Training_Path."
     assert "Traceback" not in shown(notebook, "recordings")
     assert not shown(notebook, "plan"), "cells behind it are not run"
     assert Path(tmp_path / "runs" / "my_voice.log").is_file()

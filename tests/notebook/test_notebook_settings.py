@@ -9,7 +9,14 @@ from conftest import GOLDEN
 from tortoise_hf.notebook import show
 from tortoise_hf.notebook.cell import CellStopped
 from tortoise_hf.notebook.project import Project
-from tortoise_hf.notebook.settings import FIELDS, read_fields, read_settings, write_settings
+from tortoise_hf.notebook.settings import (
+    FIELDS,
+    read_fields,
+    read_others,
+    read_settings,
+    where_to_write,
+    write_settings,
+)
 from tortoise_hf.plan import Facts
 
 
@@ -32,16 +39,39 @@ def test_fields_are_read(name, written, value, tmp_path):
 
 
 def test_every_other_setting_can_be_given(tmp_path):
-    found = read_fields({}, "optim.warmup_steps: 20, optim.learning_rate: 2e-5, hub.consent: 'Mine, yes: mine.'")
+    found = read_others("Data_Settings", "data.min_seconds: 1, model.from_scratch: true") | read_others(
+        "Other_Settings", "optim.warmup_steps: 20, optim.learning_rate: 2e-5, hub.consent: 'Mine, yes: mine.'"
+    )
     write_settings(tmp_path / "x.yaml", {"data.root": "r", "training.output_dir": "o"} | found)
     cfg = read_settings(tmp_path / "x.yaml")
     assert (cfg.optim.warmup_steps, cfg.optim.learning_rate, cfg.hub.consent) == (20, 2e-5, "Mine, yes: mine.")
+    assert (cfg.data.min_seconds, cfg.model.from_scratch) == (1, True)
 
 
 @pytest.mark.parametrize("others", ["20", "warmup: 3", "optim.warmup_steps 20", "[1"])
 def test_what_cannot_be_read_is_said(others):
     with pytest.raises(ValueError, match="Other_Settings can't be read"):
-        read_fields({}, others)
+        read_others("Other_Settings", others)
+
+
+def test_what_the_check_goes_by_is_set_before_it():
+    """Set behind it, the report and the plan would be of other clips."""
+    with pytest.raises(ValueError, match="write it into Data_Settings in section 3"):
+        read_others("Other_Settings", "training.seed: 7, data.min_seconds: 1")
+    with pytest.raises(ValueError, match="write it into Other_Settings in section 5"):
+        read_others("Data_Settings", "training.seed: 7")
+    assert read_others("Other_Settings", "model.gradient_checkpointing: true")
+
+
+def test_a_message_for_the_shell_says_where_the_notebook_takes_it():
+    said = where_to_write("error: data.root: not there. Leave it out with --data.missing skip, or set optim.gamma.")
+    assert said.splitlines()[1].split("; ") == [
+        "In this notebook: data.root is the field Dataset_Training_Path",
+        "data.missing goes into Data_Settings in section 3, as data.min_seconds: 1, data.eval_fraction: 0.1",
+        "optim.gamma goes into Other_Settings in section 5, as optim.warmup_steps: 20, training.seed: 7.",
+    ]
+    assert where_to_write("error: clip-1.wav is silent") == "error: clip-1.wav is silent"
+    assert where_to_write("") == ""
 
 
 def test_a_wrong_name_or_value_is_the_parsers_sentence(tmp_path):

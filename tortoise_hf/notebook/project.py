@@ -46,6 +46,7 @@ class Project:
         keep_in: str = "",
         keep_on_hub: str = "",
         base: str = "released",
+        settings: str = "",
         folder: str = "runs",
     ) -> None:
         """Find the recordings, and the run if one of this name was kept.
@@ -57,10 +58,13 @@ class Project:
             keep_in: folder, for instance on Drive, that keeps a copy to go on from.
             keep_on_hub: owner/name of a private repository that keeps checkpoints.
             base: what the run starts from, `model.base`.
+            settings: others that the check of the recordings goes by, see `read_others`.
             folder: of the runs.
 
-        Raises: CellStopped: if a place isn't to be had, or the copy is damaged.
+        Raises: CellStopped: if a place isn't to be had, the copy is damaged, or the settings can't be read.
         """
+        from tortoise_hf.notebook.settings import read_others
+
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"Experiment_Name names a folder: letters, digits, - and _ only, got {name!r}.")
         self.name, self.run_dir = name, Path(folder) / name
@@ -80,6 +84,7 @@ class Project:
         if keep_on_hub:
             find_token()
             self._given["hub.checkpoint_repo_id"] = keep_on_hub
+        self._given |= read_others("Data_Settings", settings)
         self._fields: dict[str, Any] = {}
         if keep_in:
             mount_drive_for(keep_in)
@@ -125,18 +130,18 @@ class Project:
 
         Args:
             Fp16: auto, on or off.
-            Other_Settings: see `read_fields`.
-            fields: likewise; empty ones are left to the plan.
+            Other_Settings: see `read_others`.
+            fields: see `read_fields`.
 
         Raises: CellStopped: if a field can't be read.
         """
         from tortoise_hf.notebook import show
-        from tortoise_hf.notebook.settings import PRECISIONS, read_fields
+        from tortoise_hf.notebook.settings import PRECISIONS, read_fields, read_others
 
         if Fp16 not in PRECISIONS:
             raise UserError(f"Fp16 is one of {', '.join(PRECISIONS)}, got {Fp16!r}.")
         self.precision = PRECISIONS[Fp16] or choose_precision(self.gpus)
-        self._fields = read_fields(fields, Other_Settings)
+        self._fields = read_fields(fields) | read_others("Other_Settings", Other_Settings)
         show.show(show.plan(self.plan()))
 
     def plan(self) -> Plan:
@@ -268,6 +273,8 @@ class Project:
 
     def _run(self, script: str, arguments: list[str], look: Callable[[Program], Any]) -> Program:
         """Run a script to its end; Interrupt stops it."""
+        from tortoise_hf.notebook.settings import where_to_write
+
         self.config()
         arguments = ["--config", str(self.settings_path), *arguments]
         command, env = launch_command(find_script(script), arguments, max(1, len(self.gpus)), self.precision)
@@ -279,7 +286,8 @@ class Project:
         if program.interrupts:
             raise CellStopped("Left at once. Run this cell again, and it goes on from the last save.")
         if code != 0:
-            raise CellStopped(program.error() or f"{program.tail()}\nAll of it is in {self.log_path}.")
+            said = where_to_write(program.error())
+            raise CellStopped(said or f"{program.tail()}\nAll of it is in {self.log_path}.")
         return program
 
     def _bring_back(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from tortoise_hf.cli import SECTIONS, load_config
 from tortoise_hf.config import Config
 from tortoise_hf.errors import UserError
 
@@ -32,32 +34,77 @@ OTHER_FIELDS = {
     "Optimizer_State": "training.optimizer_state",
 }
 FIELDS = GUIDE_FIELDS | OTHER_FIELDS
+_OWN_FIELDS = {setting: field for field, setting in FIELDS.items()} | {
+    "data.root": "Dataset_Training_Path",
+    "data.eval_list": "ValidationDataset_Training_Path",
+    "model.base": "Base",
+    "training.output_dir": "Experiment_Name",
+    "training.plan": "Plan",
+    "hub.checkpoint_repo_id": "Keep_On_Hub",
+    "hub.repo_id": "Repository",
+    "hub.consent": "Consent",
+}
+_PLACES = {"Data_Settings": "Data_Settings in section 3", "Other_Settings": "Other_Settings in section 5"}
+_EXAMPLES = {
+    "Data_Settings": "data.min_seconds: 1, data.eval_fraction: 0.1",
+    "Other_Settings": "optim.warmup_steps: 20, training.seed: 7",
+}
+_KNOWN = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
 PRECISIONS = {"auto": None, "on": "fp16", "off": "no"}
 """Values of the field Fp16; auto is the quickest precision the card has."""
 
 
-def read_fields(fields: Mapping[str, Any], others: str = "") -> dict[str, Any]:
+def read_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Form fields as `section.name: value`; what is left empty is left to the plan.
 
     Args:
         fields: by their names in `FIELDS`.
-        others: more settings, as `optim.warmup_steps: 20, training.seed: 7`.
 
-    Raises: UserError: if a field isn't known or `others` isn't of that form.
+    Raises: UserError: if a field isn't known.
     """
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
         raise UserError(f"There is no field {', '.join(unknown)}; the fields are {', '.join(FIELDS)}.")
-    values = {FIELDS[name]: _value(written) for name, written in fields.items() if str(written).strip()}
+    return {FIELDS[name]: _value(written) for name, written in fields.items() if str(written).strip()}
+
+
+def read_others(field: str, written: str) -> dict[str, Any]:
+    """The settings that have no form field of their own, out of one of the two fields that take them all.
+
+    Args:
+        field: Data_Settings, for what the check of the recordings goes by, or Other_Settings, for all others.
+        written: such as `optim.warmup_steps: 20, training.seed: 7`.
+
+    Raises: UserError: if it can't be read, or a setting belongs into the other field.
+    """
     try:
-        more = yaml.safe_load("{" + others + "}")
+        found = yaml.safe_load("{" + written + "}")
     except yaml.YAMLError:
-        more = None
-    if not isinstance(more, dict) or not all(re.fullmatch(r"\w+\.\w+", str(key)) for key in more):
-        raise UserError(
-            f"Other_Settings can't be read: {others!r}. Write them as optim.warmup_steps: 20, training.seed: 7"
-        )
-    return values | more
+        found = None
+    if not isinstance(found, dict) or not all(re.fullmatch(r"\w+\.\w+", str(key)) for key in found):
+        raise UserError(f"{field} can't be read: {written!r}. Write it as {_EXAMPLES[field]}")
+    for key in found:
+        if _place_of(key) != field:
+            raise UserError(f"{key} can't be set in {field}; write it into {_PLACES[_place_of(key)]}.")
+    return found
+
+
+def where_to_write(message: str) -> str:
+    """What a script says, and which fields take the settings that it names."""
+    named = dict.fromkeys(re.findall(r"\b(?:" + "|".join(SECTIONS) + r")\.[a-z]\w*", message))
+    hints = [f"{key} is the field {_OWN_FIELDS[key]}" for key in named if key in _OWN_FIELDS]
+    for field, place in _PLACES.items():
+        keys = [key for key in named if key in _KNOWN - set(_OWN_FIELDS) and _place_of(key) == field]
+        if keys:
+            hints.append(f"{', '.join(keys)} {'goes' if len(keys) == 1 else 'go'} into {place}, as {_EXAMPLES[field]}")
+    return f"{message}\nIn this notebook: {'; '.join(hints)}." if hints else message
+
+
+def _place_of(key: str) -> str:
+    """Which of the two fields a setting belongs to."""
+    section = key.split(".")[0]
+    checked = section == "data" or (section == "model" and key != "model.gradient_checkpointing")
+    return "Data_Settings" if checked else "Other_Settings"
 
 
 def write_settings(path: Path, values: Mapping[str, Any]) -> None:
@@ -76,8 +123,6 @@ def read_settings(path: Path) -> Config:
 
     Raises: UserError: with the parser's sentence, if a name or value is wrong.
     """
-    from tortoise_hf.cli import load_config
-
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
