@@ -36,8 +36,8 @@ def prepare(cfg: Config, push_to: str | None = None, plan_path: Path | None = No
     """The first half of a run. Torch loads only here, so `--help` and a mistyped flag answer at once."""
     from tortoise_hf.hub.dataset import push_dataset
     from tortoise_hf.machine import describe, main_process_first, start_accelerator
-    from tortoise_hf.models.pretrained import load_gpt
-    from tortoise_hf.preparation import make_plan, prepare_base_and_data
+    from tortoise_hf.optim import settle_optimizer
+    from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
     from tortoise_hf.run import REPORT_NAME, check_run_folder, write_report
 
     check_run_folder(cfg)
@@ -49,7 +49,8 @@ def prepare(cfg: Config, push_to: str | None = None, plan_path: Path | None = No
     if push_to is not None and accelerator.is_main_process:
         pushed = push_dataset(cfg, data, push_to)
         print(f"{'Pushed' if pushed.changed else 'Already up to date'}: {pushed.url} (commit {pushed.commit[:8]})")
-    model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
+    cfg = settle_optimizer(cfg, accelerator)
+    model = load_model(cfg, files)
     plan = make_plan(cfg, accelerator, files, data, model)
     if accelerator.is_main_process:
         print(plan.table())

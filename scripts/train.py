@@ -29,9 +29,9 @@ def fine_tune(cfg: Config) -> None:
     from tortoise_hf.hub.publish import check_before_training, keep_clips, push_at_end
     from tortoise_hf.loop import train
     from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
-    from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
-    from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-    from tortoise_hf.preparation import make_plan, prepare_base_and_data
+    from tortoise_hf.models.pretrained import load_mel_norms
+    from tortoise_hf.optim import build_lr_scheduler, build_optimizer, settle_optimizer
+    from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
     from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
     from tortoise_hf.samples import open_samples
     from tortoise_hf.summary import closing_lines, opening_lines
@@ -48,7 +48,8 @@ def fine_tune(cfg: Config) -> None:
         files, data = prepare_base_and_data(cfg, accelerator)
     accelerator.print(data.report.summary())
 
-    model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
+    cfg = settle_optimizer(cfg, accelerator)
+    model = load_model(cfg, files)
     plan = make_plan(cfg, accelerator, files, data, model)
     accelerator.print(plan.table())
     cfg = plan.config

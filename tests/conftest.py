@@ -13,6 +13,7 @@ from tortoise_hf.config import (
     Config,
     DataConfig,
     HubConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     SamplesConfig,
@@ -69,6 +70,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
     sections = {"data": {"root": "x"}, "model": {"gradient_checkpointing": False}}
     sections["optim"] = {"learning_rate": 1e-3, "lr_schedule": "cosine", "warmup_steps": 0}
     sections["callbacks"] = {"early_stopping_patience": 0}
+    sections["lora"] = {}
     sections["samples"], sections["hub"] = {}, {}
     sections["training"] = {"output_dir": str(tmp_path / "run"), "batch_size": 4, "micro_batch_size": 4}
     sections["training"] |= {"eval_batch_size": 8, "num_train_epochs": 20}
@@ -79,6 +81,7 @@ def make_config(tmp_path: Path, **settings) -> Config:
     return Config(
         data=DataConfig(**sections["data"]),
         model=ModelConfig(**sections["model"]),
+        lora=LoraConfig(**sections["lora"]),
         optim=OptimConfig(**sections["optim"]),
         training=TrainingConfig(**sections["training"]),
         callbacks=CallbackConfig(**sections["callbacks"]),

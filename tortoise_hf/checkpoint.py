@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified when read, rotated, found again.
 
-A checkpoint is a folder `checkpoint-STEP` in the run's folder with the model, the optimizer, the schedule, the state of
-the run and of every process's random numbers, and a manifest with the size and sha256 of each file. It is written under
-a temporary name, flushed to disk and renamed, so a run killed in the middle leaves the older ones untouched.
+A checkpoint is a folder `checkpoint-STEP` in the run's folder with the model (or, where one is trained, the adapter
+alone), the optimizer, the schedule, the state of the run and of every process's random numbers, and a manifest with the
+size and sha256 of each file. It is written under a temporary name, flushed to disk and renamed, so a run killed in the
+middle leaves the older ones untouched.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from transformers.trainer_callback import ExportableState
 
 from tortoise_hf.distributed import raise_together, shard_like, to_full
 from tortoise_hf.errors import UserError
-from tortoise_hf.optimizer_state import STATE_BYTES, OptimizerState, checkpoint_bytes, pack, unpack
+from tortoise_hf.lora import adapter_names, has_adapter, read_adapter, save_adapter
+from tortoise_hf.optimizer_state import STATE_BYTES, OptimizerState, checkpoint_bytes, optimizer_of, pack, unpack
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -73,7 +75,8 @@ def save_checkpoint(
             older checkpoints stay as they are.
     """
     rng_states = gather_object([rng_state()])
-    weights = {name: to_full(tensor) for name, tensor in model.state_dict().items()}
+    kept = adapter_names(model) if has_adapter(model) else model.state_dict()
+    weights = {name: to_full(tensor) for name, tensor in model.state_dict().items() if name in kept}
     moments = _full_optimizer_state(optimizer, keep=accelerator.is_main_process, kind=optimizer_state)
     final = output_dir / f"checkpoint-{state.global_step}"
     problem = None
@@ -84,7 +87,10 @@ def save_checkpoint(
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            model.save_pretrained(staging, state_dict=weights)
+            if has_adapter(model):
+                save_adapter(model, staging, weights)
+            else:
+                model.save_pretrained(staging, state_dict=weights)
             torch.save(pack(moments, optimizer_state), staging / "optimizer.pt")
             torch.save(rng_states, staging / "rng.pt")
             _write_json(staging / "scheduler.json", lr_scheduler.state_dict())
@@ -154,16 +160,17 @@ def load_checkpoint(
 
     Returns:
         The state the run goes on with. Random states are set; draw nothing before the next step.
+
+    Raises:
+        UserError: if the checkpoint's adapter isn't this run's.
     """
     path = checkpoint.path
-    current = model.state_dict()
-    weights = load_file(path / "model.safetensors")
-    model.load_state_dict({n: shard_like(t, current[n]) if n in current else t for n, t in weights.items()})
+    current, adapted = model.state_dict(), has_adapter(model)
+    weights = read_adapter(model, path) if adapted else load_file(path / "model.safetensors")
+    whole = {n: shard_like(t, current[n]) if n in current else t for n, t in weights.items()}
+    model.load_state_dict(whole, strict=not adapted)
     saved = unpack(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in saved["state"].items():
-        saved["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
-    optimizer.load_state_dict(saved)
+    _restore_optimizer(optimizer, saved, path, accelerator.print)
     lr_scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
     scaler_path = path / "scaler.json"
     if accelerator.scaler is not None and scaler_path.exists():
@@ -176,9 +183,24 @@ def load_checkpoint(
             f"{path} was saved by {len(rng_states)} process(es) and now there are {accelerator.num_processes}: every "
             "step holds the same clips, but dropout falls differently, so losses will agree closely, not bit for bit."
         )
-    if not saved["state"]:
-        accelerator.print(f"{path} holds no optimizer state; AdamW starts its averages anew.")
     return TrainerState.load_from_json(str(path / "trainer_state.json"))
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path, say: Any) -> None:
+    """Give the optimizer its memory back, or say why it begins anew."""
+    before, now = optimizer_of(saved["param_groups"]), optimizer_of(optimizer.param_groups)
+    if before != now:
+        say(f"{path} holds the averages of {before}, which {now} can't read; it starts its averages anew.")
+        optimizer.state.clear()
+        for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            group["lr"] = saved_group["lr"]
+        return
+    if not saved["state"]:
+        say(f"{path} holds no optimizer state; AdamW starts its averages anew.")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        saved["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
+    optimizer.load_state_dict(saved)
 
 
 def remember_callbacks(state: TrainerState, callbacks: list[TrainerCallback], interval: dict[str, Any]) -> None:
@@ -278,6 +300,8 @@ def check_space(
     keep_last: int,
     held_weights: int = 0,
     held_checkpoints: int = 0,
+    num_trained: int | None = None,
+    optimizer: str = "adamw",
 ) -> str:
     """What checkpoints will take on the disk, as a line to print.
 
@@ -291,16 +315,19 @@ def check_space(
         keep_last: newest checkpoints kept.
         held_weights: files of weights that pushes may hold on to at once.
         held_checkpoints: likewise, checkpoints.
+        num_trained: weights that a checkpoint keeps, where that isn't all of them.
+        optimizer: `optim.optimizer`.
 
     Raises:
         UserError: if the disk hasn't got that much left, with all figures.
     """
-    size, weights = checkpoint_bytes(num_weights, kind), checkpoint_bytes(num_weights, "none")
+    trained = num_weights if num_trained is None else num_trained
+    size, weights = checkpoint_bytes(trained, kind, optimizer), checkpoint_bytes(num_weights, "none")
     total = (keep_last + 2 + held_checkpoints) * size + (2 + held_weights) * weights
     what = "checkpoints, export and pushes" if held_weights or held_checkpoints else "checkpoints and export"
     present = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     needed, free = max(size, total - present), shutil.disk_usage(output_dir).free
-    costs = ", ".join(f"{other} {_gigabytes(checkpoint_bytes(num_weights, other))}" for other in STATE_BYTES)
+    costs = ", ".join(f"{other} {_gigabytes(checkpoint_bytes(trained, other, optimizer))}" for other in STATE_BYTES)
     if needed > free:
         raise UserError(
             f"training.output_dir {output_dir} needs {_gigabytes(needed)} more for {what}, its disk has "

@@ -1,8 +1,8 @@
 """Everything a user can set: its meaning, its unit and its default.
 
-Seven sections (`data`, `model`, `optim`, `training`, `callbacks`, `samples`, `hub`) of frozen dataclasses. `cli.py`
-fills them from YAML files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is None is
-chosen by the plan (`plan.py`). Only the standard library is imported here.
+Eight sections (`data`, `model`, `lora`, `optim`, `training`, `callbacks`, `samples`, `hub`) of frozen dataclasses.
+`cli.py` fills them from YAML files and flags; tests and notebooks build them directly. A setting of `PLANNED` that is
+None is chosen by the plan (`plan.py`). Only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ class DataConfig:
     """Reference clips a training row is conditioned on; their vectors are averaged, as when the voice speaks."""
     conditioning_seconds: float = 6.0
     """Length of a reference clip, in seconds. Source: 132 300 samples at 22 050 Hz in tortoise-tts."""
+    conditioning_group: int = 1
+    """Training rows of one speaker in a step that share their reference clips, which say what none of them says. At 8
+    the conditioning encoder costs an eighth; the clips are as many, but a step hears fewer of them."""
     padding: Literal["mask", "stop"] = "mask"
     """mask: padding counts for nothing. stop: padding is filled with stop tokens that count, as in the reference
     trainer; for comparisons only."""
@@ -122,6 +125,9 @@ class DataConfig:
             f"data.num_conditioning_clips must be 1 or more, got {self.num_conditioning_clips}",
         )
         _require(
+            self.conditioning_group >= 1, f"data.conditioning_group must be 1 or more, got {self.conditioning_group}"
+        )
+        _require(
             0.5 <= self.conditioning_seconds <= 30,
             f"data.conditioning_seconds must lie between 0.5 and 30 seconds, got {self.conditioning_seconds}",
         )
@@ -147,8 +153,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train small matrices beside frozen weights (LoRA) instead of them: less memory, files of megabytes."""
+
+    rank: int = 0
+    """Rank of the matrices, 1 to 256: what they can express, and their size. 0 trains the weights themselves."""
+    alpha: float = 32.0
+    """Strength: what the matrices add is multiplied by alpha / rank."""
+    dropout: float = 0.05
+    """Probability that a value on its way into the matrices is left out, in [0, 1)."""
+    conditioning_encoder: bool = False
+    """Adapt the layers that listen to the reference clips as well."""
+    embeddings: bool = False
+    """Adapt the tables of text tokens, mel codes and positions as well."""
+    heads: bool = False
+    """Adapt the layers that predict text tokens and mel codes as well."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; `ValueError` names the key."""
+        _require(0 <= self.rank <= 256, f"lora.rank must lie between 1 and 256, or be 0 for no LoRA, got {self.rank}")
+        _require(self.alpha > 0, f"lora.alpha must be above 0, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        for name in ("conditioning_encoder", "embeddings", "heads"):
+            _require(
+                self.rank > 0 or not getattr(self, name),
+                f"lora.{name} is true, but lora.rank is 0 and trains all weights; set a rank, 16 for instance",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW, its learning rate and what the loss weighs. Defaults: DL-Art-School's EXAMPLE_gpt.yml."""
+
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's memory in 8 bits: 2 bytes per trained weight instead of 8 (needs the 8bit extra). Where
+    that can't be had a line says so, and the run goes on with adamw."""
 
     learning_rate: float = 1e-5
     """Highest learning rate of the run."""
@@ -372,11 +411,20 @@ class Config:
 
     data: DataConfig
     model: ModelConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig
     training: TrainingConfig
     callbacks: CallbackConfig
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+
+    def __post_init__(self) -> None:
+        """Check what several sections must agree on; `ValueError` names the keys."""
+        _require(
+            self.lora.rank == 0 or not self.model.from_scratch,
+            "model.from_scratch is true and lora.rank above 0, but an adapter of random weights would teach nobody to "
+            "speak; set one of them back",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as a YAML file would hold them."""

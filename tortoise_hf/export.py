@@ -2,7 +2,8 @@
 
 The folder holds `config.json` + `model.safetensors` (for `from_pretrained`), `<step>_gpt.pth` in the published layout,
 the tokenizer, the mel norms, the DVAE if it isn't the released one, `training_summary.json` and `export.json` (what was
-written and what the self-test found). It is written under a temporary name and renamed when its self-test has passed.
+written and what the self-test found). Where an adapter was trained, these are the merged weights; `adapter/` holds
+the adapter alone. The folder is written under a temporary name and renamed when its self-test has passed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tortoise_hf.errors import UserError
+from tortoise_hf.lora import copy_adapter
 from tortoise_hf.models.checkpoint_formats import (
     check_weights,
     fits_tortoise,
@@ -87,6 +89,7 @@ def export_model(
     dtype: str = "float32",
     attention_buffers: bool = True,
     base_state: Mapping[str, torch.Tensor] | None = None,
+    adapter: Path | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the export folder of a trained model and test it.
@@ -101,6 +104,7 @@ def export_model(
         attention_buffers: whether the `.pth` file holds the 2 old buffers per layer; strict loaders need them with
             transformers up to 4.29 and refuse them from 4.30 on.
         base_state: weights the run started from (`load_base_weights`); None skips that check.
+        adapter: folder with the adapter that is merged into `model`; None where there is none.
         overwrite: replace an earlier export.
 
     Returns: the report, which is also stored in `export.json`.
@@ -123,6 +127,8 @@ def export_model(
         layout = {"dtype": dtype, "attention_buffers": attention_buffers}
         _write_weights(trained, staging, weights_file, **layout)
         write_companions(staging, files)
+        if adapter is not None:
+            copy_adapter(adapter, staging)
         _write_json(staging / SUMMARY, {"step": step, **summary})
         self_test = run_self_test(trained, staging, weights_file, **layout, base_state=base_state)
         if not self_test.passed:

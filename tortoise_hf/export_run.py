@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tortoise_hf.checkpoint import complete_checkpoints, find_damage
 from tortoise_hf.config import ModelConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
-from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.lora import is_adapter, load_trained
 from tortoise_hf.models.pretrained import load_base_weights, resolve_base
 from tortoise_hf.places import absolute_settings
 from tortoise_hf.run import RUN_FILE, export_summary
@@ -96,7 +94,7 @@ def export_run(
         model_config = dataclasses.replace(model_config, weights_dir=weights_dir)
     files = resolve_base(model_config)
     return export_model(
-        TortoiseGPT.from_pretrained(trained.path, dtype=torch.float32),
+        load_trained(trained.path, files),
         out_dir,
         files=files,
         step=trained.step,
@@ -104,6 +102,7 @@ def export_run(
         dtype=dtype,
         attention_buffers=attention_buffers,
         base_state=None if model_config.from_scratch else load_base_weights(files)[1],
+        adapter=trained.path if is_adapter(trained.path) else None,
         overwrite=overwrite,
     )
 

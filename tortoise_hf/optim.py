@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from tortoise_hf.config import OptimConfig
-from tortoise_hf.distributed import to_full
+from tortoise_hf.config import Config, OptimConfig
+from tortoise_hf.distributed import any_process, shards_weights, to_full
+from tortoise_hf.optimizer_state import MIN_VALUES
 
 NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -38,15 +42,58 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the fused kernel where the weights are on a GPU."""
-    groups = parameter_groups(model, cfg.weight_decay)
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; the fused kernel where the weights are on a GPU.
+
+    With `optim.optimizer` adamw_8bit it is bitsandbytes', which keeps tensors below 4096 values in full; see
+    `settle_optimizer` for where there is none.
+    """
+    # An adapter may have no weights without decay.
+    groups = [group for group in parameter_groups(model, cfg.weight_decay) if group["params"]]
     for group in groups:
         group.pop("names")
+    settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+    if cfg.optimizer == "adamw_8bit":
+        return _bitsandbytes().optim.AdamW8bit(groups, **settings)
     on_gpu = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(
-        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True if on_gpu else None
-    )
+    return torch.optim.AdamW(groups, **settings, fused=True if on_gpu else None)
+
+
+def settle_optimizer(cfg: Config, accelerator: Accelerator) -> Config:
+    """The settings with an optimizer that this machine has: adamw, and a line that says so, where 8 bits can't be had.
+
+    Every process calls it, before memory is planned.
+    """
+    if cfg.optim.optimizer == "adamw":
+        return cfg
+    obstacle = _obstacle_to_8bit(accelerator)
+    if any_process(accelerator, obstacle is not None):
+        accelerator.print(
+            f"optim.optimizer adamw_8bit can't be had ({obstacle or 'on another process'}); this run takes adamw, "
+            "whose memory is 8 bytes per trained weight instead of 2."
+        )
+        return cfg.having({"optim.optimizer": "adamw"})
+    return cfg
+
+
+def _obstacle_to_8bit(accelerator: Accelerator) -> str | None:
+    """Why the 8-bit optimizer doesn't work here, tried out on a few weights; None if it does."""
+    if shards_weights(accelerator):
+        return "processes share the weights out, which bitsandbytes doesn't know of"
+    weight = nn.Parameter(torch.ones(MIN_VALUES, device=accelerator.device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        _bitsandbytes().optim.AdamW8bit([weight], lr=0.5).step()
+    except ImportError:
+        return "the package bitsandbytes isn't installed: pip install 'tortoise_hf[8bit]'"
+    except Exception as error:  # whatever its native library raises where it has nothing for a device
+        return f"bitsandbytes fails on {accelerator.device.type}: {str(error).strip().splitlines()[0]}"
+    moved = float(weight.detach().mean())
+    return None if abs(moved - 0.5) < 0.05 else f"bitsandbytes computes wrongly on {accelerator.device.type}"
+
+
+def _bitsandbytes() -> ModuleType:
+    return importlib.import_module("bitsandbytes")
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:

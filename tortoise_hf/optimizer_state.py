@@ -1,8 +1,8 @@
 """What a checkpoint keeps of AdamW's memory: all of it, 8 bits of each value, or nothing.
 
 AdamW remembers two float32 numbers per weight, so a full checkpoint is three times the model. The 8-bit form is our own
-few lines: bitsandbytes and torchao shrink the optimizer in memory, with a dependency of its own, while this is about
-the file alone.
+few lines: bitsandbytes (`optim.optimizer: adamw_8bit`) shrinks the optimizer in memory, with a dependency of its own,
+while this is about the file alone. What bitsandbytes keeps is written as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ WEIGHT_BYTES = 4
 """Bytes of one weight in a checkpoint."""
 STATE_BYTES: dict[str, float] = {"full": 8.0, "8bit": 2 * (1 + 4 / BLOCK), "none": 0.0}
 """Bytes of one weight's optimizer state, for the two moments together."""
+MOMENT_BYTES: dict[str, float] = {"adamw": STATE_BYTES["full"], "adamw_8bit": STATE_BYTES["8bit"]}
+"""The same in memory, by `optim.optimizer`. Source: bitsandbytes' blocks of 256 values with a float32 scale each; what
+it keeps in full (tensors below 4096 values) weighs nothing."""
 
 
 def pack(state_dict: dict[str, Any], kind: OptimizerState) -> dict[str, Any]:
@@ -40,10 +43,19 @@ def pack(state_dict: dict[str, Any], kind: OptimizerState) -> dict[str, Any]:
 def unpack(packed: dict[str, Any]) -> dict[str, Any]:
     """The state as AdamW takes it, whatever kind was written."""
     states = {
-        key: {name: _dequantise(value) if isinstance(value, dict) else value for name, value in values.items()}
+        key: {name: _dequantise(value) if _is_packed(value) else value for name, value in values.items()}
         for key, values in packed["state"].items()
     }
     return {**packed, "state": states}
+
+
+def optimizer_of(param_groups: list[dict[str, Any]]) -> str:
+    """The `optim.optimizer` that made parameter groups: torch's AdamW has a setting that bitsandbytes' lacks."""
+    return "adamw" if "amsgrad" in param_groups[0] else "adamw_8bit"
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, dict) and "codes" in value
 
 
 def _pack_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +103,12 @@ def _dequantise(packed: dict[str, Any]) -> torch.Tensor:
     return (values * scales).view(packed["shape"])
 
 
-def checkpoint_bytes(num_weights: int, kind: OptimizerState) -> int:
-    """Bytes of a checkpoint of a model with `num_weights` weights, to within a percent."""
-    return round(num_weights * (WEIGHT_BYTES + STATE_BYTES[kind]))
+def checkpoint_bytes(num_weights: int, kind: OptimizerState, optimizer: str = "adamw") -> int:
+    """Bytes of a checkpoint with `num_weights` trained weights, to within a percent.
+
+    Args:
+        num_weights: of the model, or of an adapter.
+        kind: what is kept of the optimizer.
+        optimizer: which one it is.
+    """
+    return round(num_weights * (WEIGHT_BYTES + min(STATE_BYTES[kind], MOMENT_BYTES[optimizer])))

@@ -58,6 +58,9 @@ class Facts:
     """Of the training clips."""
     num_processes: int = 1
     num_parameters: int = 0
+    """Of the exported model."""
+    num_trained: int | None = None
+    """Of them, or of an adapter, those that a checkpoint keeps; None: all."""
     free_disk_bytes: int | None = None
     """Where the checkpoints will lie."""
 
@@ -475,7 +478,9 @@ def predict(config: Config, facts: Facts, measurement: Measurement | None) -> Pr
     """Time, memory and disk of a config without gaps."""
     training = config.training
     kept = training.save_total_limit + 2  # the newest, the best, the one being written; then the export's two files
-    checkpoint, weights = (checkpoint_bytes(facts.num_parameters, kind) for kind in (training.optimizer_state, "none"))
+    trained = facts.num_parameters if facts.num_trained is None else facts.num_trained
+    checkpoint = checkpoint_bytes(trained, training.optimizer_state, config.optim.optimizer)
+    weights = checkpoint_bytes(facts.num_parameters, "none")
     disk_bytes = kept * checkpoint + 2 * weights
     if measurement is None:
         return Prediction(None, None, disk_bytes)

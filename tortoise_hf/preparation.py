@@ -16,9 +16,10 @@ from tortoise_hf.data.conditioning import ConditioningDraws
 from tortoise_hf.data.ljspeech import read_rows
 from tortoise_hf.data.prepare import Prepared, prepare_dataset
 from tortoise_hf.errors import UserError
+from tortoise_hf.lora import add_adapter, num_weights
 from tortoise_hf.measure import measure
 from tortoise_hf.models.gpt import TortoiseGPT
-from tortoise_hf.models.pretrained import BaseFiles, load_dvae, load_mel_norms, load_tokenizer, resolve_base
+from tortoise_hf.models.pretrained import BaseFiles, load_dvae, load_gpt, load_mel_norms, load_tokenizer, resolve_base
 from tortoise_hf.plan import Facts, Measurement, Plan, choose_batch_size, resolve, share_per_process
 from tortoise_hf.run import read_record
 
@@ -44,6 +45,14 @@ def prepare_base_and_data(cfg: Config, accelerator: Accelerator) -> tuple[BaseFi
         raw=rows,
     )
     return files, prepared
+
+
+def load_model(cfg: Config, files: BaseFiles) -> TortoiseGPT:
+    """The GPT that is trained, on the CPU: the base's, with an adapter where `lora.rank` asks for one."""
+    model = load_gpt(files, cfg.model.from_scratch, cfg.training.seed)
+    if cfg.lora.rank > 0:
+        add_adapter(model, cfg.lora, cfg.training.seed)
+    return model
 
 
 def make_plan(cfg: Config, accelerator: Accelerator, files: BaseFiles, data: Prepared, model: TortoiseGPT) -> Plan:
@@ -75,12 +84,14 @@ def make_plan(cfg: Config, accelerator: Accelerator, files: BaseFiles, data: Pre
 
 
 def _decide(cfg: Config, accelerator: Accelerator, files: BaseFiles, data: Prepared, model: TortoiseGPT) -> Plan:
+    weights, trained = num_weights(model)
     facts = Facts(
         num_train_clips=len(data.train),
         num_eval_clips=len(data.eval),
         minutes=sum(data.train["num_samples"]) / SAMPLE_RATE / 60,
         num_processes=accelerator.num_processes,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=weights,
+        num_trained=trained,
         free_disk_bytes=_free_bytes(Path(cfg.training.output_dir)),
     )
     record = read_record(cfg)

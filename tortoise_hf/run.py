@@ -26,13 +26,13 @@ from tortoise_hf.checkpoint import (
     recover_saves,
     restore_callbacks,
 )
-from tortoise_hf.config import Config
+from tortoise_hf.config import Config, LoraConfig
 from tortoise_hf.data.check import DatasetReport
 from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.faults import LOCK_NAME, lock_folder
-from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.lora import is_adapter, load_trained
 from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
 from tortoise_hf.places import absolute_settings, public_settings
 
@@ -50,9 +50,12 @@ CLIPS_FILE = "train_clips.json"
 NOT_A_RUN = (REPORT_NAME, CLIPS_FILE, LOCK_NAME, f".{RUN_FILE}.tmp", f".{CLIPS_FILE}.tmp")
 """Files a run leaves that was killed before it began; a folder that holds nothing else is still free."""
 FIXED_SETTINGS = ("data.padding", "data.num_conditioning_clips", "data.conditioning_seconds", "model.base",
-                  "model.from_scratch", "training.plan", "training.batch_size", "training.seed")  # fmt: skip
+                  "model.from_scratch", "lora.rank", "lora.alpha", "lora.conditioning_encoder", "lora.embeddings",
+                  "lora.heads", "training.plan", "training.batch_size", "training.seed")  # fmt: skip
 """Settings a run can't change half-way without becoming another run. Micro-batch size, processes, learning rate and
 length may change."""
+_DEFAULTS = {"lora": dataclasses.asdict(LoraConfig())}
+"""Sections that records of earlier versions lack, as those versions behaved."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,10 @@ def _refuse_changes(cfg: Config, record: dict[str, Any], clips: dict[str, str], 
     now, then = cfg.to_dict(), record["config"]
     for key in FIXED_SETTINGS:
         section, name = key.split(".")
-        if now[section][name] != then[section].get(name, now[section][name]):
+        before = then.get(section, _DEFAULTS.get(section, {})).get(name, now[section][name])
+        if now[section][name] != before:
             raise UserError(
-                f"{folder} was begun with {key} {then[section][name]}, and now it is {now[section][name]}; the run "
+                f"{folder} was begun with {key} {before}, and now it is {now[section][name]}; the run "
                 "can't go on like that. Set it back, or name another training.output_dir."
             )
     if fingerprint(clips) != record["data_fingerprint"]:
@@ -339,12 +343,20 @@ def finish_run(
         return None
     name = state.best_model_checkpoint or f"checkpoint-{state.global_step}"
     step = state.best_global_step if state.best_model_checkpoint else state.global_step
-    model = TortoiseGPT.from_pretrained(run.output_dir / name, dtype="float32")
+    checkpoint = run.output_dir / name
+    model = load_trained(checkpoint, files)
     record = json.loads((run.output_dir / RUN_FILE).read_text(encoding="utf-8"))
     summary = export_summary(record, state.log_history, files.lineage)
     base_state = None if cfg.model.from_scratch else load_base_weights(files)[1]
     report = export_model(
-        model, export_dir, files=files, step=step, summary=summary, base_state=base_state, overwrite=True
+        model,
+        export_dir,
+        files=files,
+        step=step,
+        summary=summary,
+        base_state=base_state,
+        adapter=checkpoint if is_adapter(checkpoint) else None,
+        overwrite=True,
     )
     if samples is not None:
         samples.finish(model, step)

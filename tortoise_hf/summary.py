@@ -25,8 +25,7 @@ def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatch
     """Size of the model, padding, and where the run begins; the plan has said the rest."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"Model: {parameters:,} trained parameters, "
-        f"{'random weights' if cfg.model.from_scratch else f'weights of {cfg.model.base}'}; "
+        f"Model: {parameters:,} trained parameters, {_start(cfg)}; "
         f"{batches.sampler.padding_share():.1%} of the positions it sees are padding.",
     ]
     if run.finished_step is not None:
@@ -34,6 +33,12 @@ def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatch
     elif run.checkpoint is not None:
         lines.append(f"Going on from {run.checkpoint.path}.")
     return "\n".join(lines)
+
+
+def _start(cfg: Config) -> str:
+    if cfg.lora.rank > 0:
+        return f"an adapter of rank {cfg.lora.rank} on the frozen weights of {cfg.model.base}"
+    return "random weights" if cfg.model.from_scratch else f"weights of {cfg.model.base}"
 
 
 def closing_lines(cfg: Config, run: Run, state: TrainerState, report: ExportReport | None, seconds: float) -> str:

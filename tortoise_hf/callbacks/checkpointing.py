@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from tortoise_hf.checkpoint import check_space, rotate_checkpoints, save_checkpoint
 from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
+from tortoise_hf.lora import num_weights
+from tortoise_hf.optimizer_state import optimizer_of
 
 
 class CheckpointCallback(TrainerCallback):
@@ -29,7 +31,9 @@ class CheckpointCallback(TrainerCallback):
         self.keep_last, self.held = keep_last, held
         self.saved_step: int | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Refuse to begin what the disk has no room for; a resumed run starts on a step that is on disk already.
 
         Raises:
@@ -37,11 +41,11 @@ class CheckpointCallback(TrainerCallback):
         """
         self.saved_step = state.global_step if state.global_step > 0 else None
         problem = None
-        num_weights = sum(parameter.numel() for parameter in model.parameters())
+        weights, trained = num_weights(model)
         if self.accelerator.is_main_process:
             try:
-                figures = (num_weights, args.optimizer_state, self.keep_last, *self.held)
-                print(check_space(Path(args.output_dir), *figures))
+                figures = (weights, args.optimizer_state, self.keep_last, *self.held, trained)
+                print(check_space(Path(args.output_dir), *figures, optimizer_of(optimizer.param_groups)))
             except UserError as error:
                 problem = str(error)
         raise_together(self.accelerator, problem)

@@ -23,6 +23,7 @@ from tortoise_hf.export import write_companions
 from tortoise_hf.hub.checkpoints import stage_checkpoints
 from tortoise_hf.hub.publish import HUB_DIR
 from tortoise_hf.hub.voice_folder import link_file
+from tortoise_hf.lora import ADAPTER_FILES, is_adapter
 from tortoise_hf.models.pretrained import BaseFiles
 
 NICENESS = 19
@@ -172,7 +173,8 @@ class HubCallback(TrainerCallback):
         staging = self.run_dir / HUB_DIR / f"step-{step}"
         shutil.rmtree(staging, ignore_errors=True)
         if push_voice:
-            for name in ("model.safetensors", "config.json", "trainer_state.json", MANIFEST):
+            weights = ADAPTER_FILES if is_adapter(checkpoint) else ("model.safetensors",)
+            for name in (*weights, "config.json", "trainer_state.json", MANIFEST):
                 link_file(checkpoint / name, staging / "checkpoint" / name)
         if hub.checkpoint_repo_id is not None:
             kept = {checkpoint.name, state.best_model_checkpoint or checkpoint.name}

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from tortoise_hf.hub.client import ATTEMPTS, check_repository, retry
 from tortoise_hf.hub.scan import scan_folder
 
-VOICE_FILES = ("*_gpt.pth", "samples/*", "conditioning/*", "latents.safetensors", "dvae/*")
+VOICE_FILES = ("*_gpt.pth", "samples/*", "conditioning/*", "latents.safetensors", "dvae/*", "adapter/*")
 """Files of a voice that a newer push may lack; they go then. What else lies in the repository stays."""
 
 

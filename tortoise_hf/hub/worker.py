@@ -41,7 +41,7 @@ def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None
 
     from tortoise_hf.hub.checkpoints import push_checkpoints
     from tortoise_hf.hub.publish import HUB_DIR, push_voice
-    from tortoise_hf.hub.voice_folder import hub_settings, write_checkpoint_export
+    from tortoise_hf.hub.voice_folder import hub_settings
     from tortoise_hf.places import absolute_settings, local_paths
     from tortoise_hf.run import RUN_FILE, export_summary
 
@@ -54,10 +54,25 @@ def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None
     if (staging / "checkpoint").is_dir():
         log_history = _read_json(staging / "checkpoint" / "trainer_state.json")["log_history"]
         summary = export_summary(record, log_history, told["lineage"])
-        companions = run_dir / HUB_DIR / "companions"
-        write_checkpoint_export(staging / "checkpoint", staging / "export", companions, told["step"], summary)
+        _write_export(run_dir / HUB_DIR / "companions", staging, told["step"], summary, settings["model"])
         weights_dir = settings["model"]["weights_dir"]
         push_voice(staging / "export", staging / "voice", run_dir, hub, weights_dir, local_paths=paths, wait=stop.wait)
+
+
+def _write_export(companions: Path, staging: Path, step: int, summary: dict, model_settings: dict) -> None:
+    from tortoise_hf.config import ModelConfig
+    from tortoise_hf.export import export_model
+    from tortoise_hf.hub.voice_folder import write_checkpoint_export
+    from tortoise_hf.lora import is_adapter, load_trained
+    from tortoise_hf.models.pretrained import resolve_base
+
+    checkpoint, out_dir = staging / "checkpoint", staging / "export"
+    if is_adapter(checkpoint):  # whole weights exist nowhere yet
+        files = resolve_base(ModelConfig(**model_settings))
+        model = load_trained(checkpoint, files)
+        export_model(model, out_dir, files=files, step=step, summary=summary, adapter=checkpoint)
+    else:
+        write_checkpoint_export(checkpoint, out_dir, companions, step, summary)
 
 
 def _obey_input() -> threading.Event:
