@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import run
 from tortoise_hf.errors import UserError
 

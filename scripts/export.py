@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import run
 
 

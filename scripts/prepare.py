@@ -18,6 +18,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import load_config, run
 from tortoise_hf.config import Config
 

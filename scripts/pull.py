@@ -12,6 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import run
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import load_config, run
 from tortoise_hf.config import Config
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import _environment  # noqa: F401
+
 from tortoise_hf.cli import load_config, run
 from tortoise_hf.dvae_config import DVAERunConfig
 

@@ -1,6 +1,6 @@
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -50,6 +50,7 @@ def test_cadence_takes_steps_and_shares(recipe):
         (["--optim.learning_rate", "-1"], "optim.learning_rate must be above 0, got -1.0"),
         (["--data.padding", "zeros"], "expected one of 'mask', 'stop', got zeros"),
         (["--training.batch_size", "1.5"], "expected a value of type int, got 1.5"),
+        (["--training.max_steps", "1e3"], '"training.max_steps": expected a value of type int, got 1e3; write 1000'),
         (["--training.save_steps", "0"], "1 or more, or a share of the run below 1, got 0; switch it off"),
         (["--training.eval_steps", "often"], '"training.eval_steps": expected a value of type int or float, got often'),
         (["--optim.lr_schedule", "wavy"], "'inverse_sqrt', got wavy"),
@@ -70,7 +71,11 @@ def test_wrong_flags_end_in_one_sentence(recipe, capsys, arguments, sentence):
         ("data:\n  rot: x\n", "data.rot is not a setting; did you mean data.root?"),
         ("dataa:\n  root: x\n", "dataa"),
         ("data: 3\n", "data"),
-        ("data: [\n", "Problems parsing config"),
+        ("data: [\n", "wrong.yaml line 2 is not YAML (expected the node content"),
+        ("", "wrong.yaml holds no settings; expected a section such as data:"),
+        ("# data:\n#   root: x\n", "wrong.yaml holds no settings"),
+        ("data:\n", "wrong.yaml holds no settings"),
+        ("data:\n\troot: x\n", "wrong.yaml line 2 is indented with a tab; use spaces"),
         ("data:\n  root: x\n", "training.output_dir: not set"),
     ],
 )
@@ -87,6 +92,18 @@ def test_a_config_file_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         load_config(["--config", "nowhere.yaml"], "x")
     assert_one_sentence(capsys, "nowhere.yaml")
+
+
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "push.py", "speak.py"])
+def test_outside_the_environment_a_sentence_says_how_to_get_in(script, repository):
+    """Without `site` Python finds no installed packages."""
+    command = [sys.executable, "-S", str(repository / "scripts" / script), "--help"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: tortoise_hf is not installed for {sys.executable}. ")
+    assert "bin/activate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def assert_one_sentence(capsys, sentence):
@@ -108,10 +125,11 @@ def test_user_errors_become_a_sentence_and_exit_code_1(capsys):
 
 @pytest.mark.parametrize("script", ["train.py", "prepare.py", "export.py", "train_dvae.py"])
 def test_help_answers_quickly(script, repository):
-    start = time.perf_counter()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, str(repository / "scripts" / script), "--help"], capture_output=True, text=True, check=True
     )
-    # Loading torch alone takes longer than that; the promise to users is 3 s.
-    assert time.perf_counter() - start < 3
+    after = os.times()
+    # Loading torch alone takes longer than that. The processor's time: a busy machine says nothing about the script.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
     assert "usage" in done.stdout

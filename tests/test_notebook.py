@@ -203,6 +203,7 @@ def test_interrupted_lost_and_run_again(base, tmp_path, hub, monkeypatch):
     assert steps[-1] == step + 4
     assert (tmp_path / "exports" / "my_voice" / "model.safetensors").is_file()
     assert "Pushed: " in shown(second, "push")
+    assert len(shown(second, "push").splitlines()) == 1, "no bars line after line"
     assert "model.safetensors" in hub.repository("me/my-voice").files()
     assert "data:audio/wav" in shown(second, "speak")
     assert f"checkpoint-{step + 4}" in {path.name for path in (kept / "my_voice").iterdir()}

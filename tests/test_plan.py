@@ -264,6 +264,8 @@ def test_the_tortoise_plan_is_the_guides(row):
     [
         (facts(127, 20), "127 training clips are few"),
         (facts(128, 19), "19 evaluation clips are few"),
+        (facts(128, 19), "Holding back more would leave too little to train on"),
+        (facts(129, 19), "Hold back more with data.min_eval_clips 20."),
         (facts(128, 0), "there are no evaluation clips"),
         (facts(128, 20, free_disk_bytes=10**9), "are free there"),
     ],

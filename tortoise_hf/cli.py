@@ -11,9 +11,11 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jsonargparse
+import yaml
 
 from tortoise_hf.config import Config
 from tortoise_hf.errors import Interrupted, UserError
@@ -52,12 +54,15 @@ def _tidy(message: str, sections: Mapping[str, type]) -> str:
     text = text.replace("Expected a one of", "expected one of").replace("Expected a ", "expected a value of type ")
     text = text.replace(". Got value:", ", got")
     optional = re.fullmatch(
-        r"(.*): Does not validate .* Errors: - (.*) - .*NoneType Given value type: .* value: (.*)", text
+        r"(.*): Does not validate .* Errors: - (.*) - .*NoneType(?:, got .*?)? Given value type: .* value: (.*)",
+        text,
     )
     if optional:
         key, expected, value = optional.groups()
         expected = re.sub(r", got .*", "", expected.replace(" - expected a value of type", " or"))
         text = f"{key}: {expected}, got {value}"
+        if re.fullmatch(r"\d[\d.]*e\d", value) and float(value).is_integer():
+            text += f"; write {float(value):.0f}"
     unknown = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", text)
     if unknown:
         return f"{unknown[1]}.{unknown[2]} is not a setting{_suggest(f'{unknown[1]}.{unknown[2]}', sections)}"
@@ -68,6 +73,33 @@ def _tidy(message: str, sections: Mapping[str, type]) -> str:
     if required:
         return f"{required[1]}: not set; give a value in a --config file or as a flag."
     return text
+
+
+def _wrong_with_file(path: Path) -> str | None:
+    """What keeps a settings file from being read, in a sentence; the parser doesn't say which file, or where in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        return f"--config: {path} can't be read ({error.strerror})."
+    except UnicodeDecodeError:
+        return f"--config: {path} is not UTF-8; save it as that."
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is None:
+            return f"--config: {path} is not YAML ({' '.join(str(error).split())})."
+        if "\t" in "".join(text.splitlines()[mark.line : mark.line + 1])[: mark.column + 1]:
+            return f"--config: {path} line {mark.line + 1} is indented with a tab; use spaces, two for each level."
+        return (
+            f"--config: {path} line {mark.line + 1} is not YAML ({error.problem}); expected a section such as data: "
+            "and below it, indented with spaces, lines such as root: my_recordings."
+        )
+    if isinstance(values, dict) and any(section is not None for section in values.values()):
+        return None
+    return (
+        f"--config: {path} holds no settings; expected a section such as data: and below it, indented with spaces, "
+        "lines such as root: my_recordings."
+    )
 
 
 def _suggest(key: str, sections: Mapping[str, type]) -> str:
@@ -118,7 +150,13 @@ def load_config(argv: Sequence[str] | None, description: str, config_class: type
         SystemExit: with code 2 after one sentence on stderr, if a key, type or value is wrong; 0 after `--help`.
     """
     parser = build_parser(description, config_class)
-    values = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
+        path = value if flag == "--config" else flag.partition("--config=")[2]
+        problem = _wrong_with_file(Path(path)) if path else None
+        if problem:
+            parser.error(problem)
+    values = parser.parse_args(arguments)
     try:
         sections = parser.instantiate(values)
         return config_class(**{name: getattr(sections, name) for name in parser.sections})

@@ -431,6 +431,15 @@ class _Resolver:
             self.choose("optim.milestones", *milestones)
         self.choose("optim.warmup_steps", *warmup)
 
+    def _more_evals(self, config: Config) -> str:
+        """How to evaluate on more clips, if there are clips to spare."""
+        lacking = FEW_EVAL_CLIPS - self.facts.num_eval_clips
+        if config.data.eval_list is not None:
+            return "Add clips to data.eval_list."
+        if self.facts.num_train_clips - lacking < FEW_TRAIN_CLIPS:
+            return "Holding back more would leave too little to train on; only more recordings help."
+        return f"Hold back more with data.min_eval_clips {FEW_EVAL_CLIPS}."
+
     def warnings(self, config: Config, prediction: Prediction, calculation: Calculation | None) -> list[str]:
         facts, found = self.facts, []
         clips, evals, batch_size = facts.num_train_clips, facts.num_eval_clips, config.training.batch_size
@@ -450,7 +459,7 @@ class _Resolver:
             if evals < FEW_EVAL_CLIPS:
                 found.append(
                     f"{evals} evaluation clips are few (under {FEW_EVAL_CLIPS}); small changes of the eval loss mean "
-                    "little. Raise data.min_eval_clips or give data.eval_list."
+                    f"little. {self._more_evals(config)}"
                     if evals
                     else "there are no evaluation clips: nothing tells when to stop or which checkpoint is best."
                 )

@@ -14,7 +14,7 @@ from tortoise_hf.config import Config
 from tortoise_hf.data.collate import Collator, ExampleDataset
 from tortoise_hf.data.conditioning import ConditioningDraws
 from tortoise_hf.data.ljspeech import read_rows
-from tortoise_hf.data.prepare import Prepared, prepare_dataset
+from tortoise_hf.data.prepare import Prepared, look_over, prepare_dataset
 from tortoise_hf.errors import UserError
 from tortoise_hf.lora import add_adapter, num_weights
 from tortoise_hf.measure import measure
@@ -33,7 +33,12 @@ def prepare_base_and_data(cfg: Config, accelerator: Accelerator) -> tuple[BaseFi
         UserError: if the data or the base can't be had, or no clip is usable.
     """
     rows = read_rows(cfg.data)
-    files = resolve_base(cfg.model)
+    try:
+        files = resolve_base(cfg.model)
+    except UserError:
+        if rows.root is not None:  # what can be told of the recordings by then is told all the same
+            accelerator.print(look_over(cfg.data, rows))
+        raise
     prepared = prepare_dataset(
         cfg.data,
         load_tokenizer(files),

@@ -389,6 +389,10 @@ def test_places_that_hold_nothing_say_what_to_do(root, tmp_path):
         read(tmp_path / "empty")
     with pytest.raises(UserError, match="is a recording; give the folder"):
         read(root / "wavs" / "LJ001-0001.wav")
+    (tmp_path / "metadata.csv").write_text("LJ001-0001|Hello.\n")
+    with pytest.raises(UserError, match=rf"the folder it lies in has one: set data\.root to {tmp_path}\."):
+        read(root)
+    (tmp_path / "metadata.csv").unlink()
     write_list(root / "val.txt", "{id}|{text}")
     with pytest.raises(UserError, match="only a list for evaluation"):
         read(root)

@@ -27,7 +27,8 @@ from voice_maker import (
 
 from tortoise_hf.audio import SAMPLE_RATE, LogMel
 from tortoise_hf.data import examples as examples_module
-from tortoise_hf.data.prepare import Prepared, prepare_dataset
+from tortoise_hf.data.ljspeech import read_rows
+from tortoise_hf.data.prepare import Prepared, look_over, prepare_dataset
 from tortoise_hf.errors import UserError
 
 
@@ -361,3 +362,14 @@ def test_only_evaluation_clips_left_is_an_error(tmp_path):
 def test_examples_are_mapped_not_loaded(tmp_path):
     prepared = prepare(make_voice(tmp_path / "voice", [1.0] * 20))
     assert {Path(file["filename"]) for file in prepared.train.cache_files} == set(shards(tmp_path / "voice"))
+
+
+def test_a_first_look_needs_no_base(tmp_path):
+    voice = make_voice(tmp_path / "voice", [1.0, 2.0, 0.2, 20.0])
+    (voice / "wavs" / "broken.wav").write_text("no sound")
+    with (voice / "metadata.csv").open("a", encoding="utf-8") as file:
+        file.write("broken|Broken.|Broken.\ngone|Gone.|Gone.\n")
+    said = look_over(config(voice), read_rows(config(voice)))
+    assert "at first sight 2 of 6 clips (0.1 minutes)." in said
+    for reason in ("missing_file", "unreadable", "too_short", "too_long"):
+        assert f"left out, {reason}: 1. " in said

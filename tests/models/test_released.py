@@ -121,7 +121,7 @@ def test_server_down_cache_is_used(release, tmp_path, no_waiting):
     assert fetch(hub, tmp_path, ["mel_norms.pth"])["mel_norms.pth"].path.read_bytes() == CONTENT["mel_norms.pth"]
 
 
-def test_no_network_names_every_file_its_address_and_the_way_by_hand(release, tmp_path, no_waiting):
+def test_no_network_names_every_file_its_address_and_the_way_by_hand(release, tmp_path, no_waiting, caplog):
     with HubServer() as hub:
         pass  # nobody listens on its port any more
     with pytest.raises(UserError) as error:
@@ -133,6 +133,8 @@ def test_no_network_names_every_file_its_address_and_the_way_by_hand(release, tm
         assert file.sha256 is None or file.sha256 in message
     assert "--model.weights_dir" in message
     assert "could not be reached" in message
+    (said,) = caplog.messages
+    assert said.startswith("The Hub doesn't answer (")
 
 
 @pytest.mark.parametrize("by_repository_path", [False, True])

@@ -75,6 +75,11 @@ class FolderLists:
                 "or name the training list with --data.train_list."
             )
         recording = _first_recording([self.root, *below])
+        if recording is not None and find_lists(self.root.parent).any():
+            return (
+                f"{self.root} holds recordings but no list of what is said in them; the folder it lies in has one: set "
+                f"data.root to {self.root.parent}."
+            )
         if recording is not None:
             line = f"{recording.relative_to(self.root).as_posix()}|What is said in the clip."
             return (

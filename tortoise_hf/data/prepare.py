@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from datasets import Dataset, Features
 
@@ -102,6 +103,31 @@ def prepare_dataset(
     rows.drop_clips(clips, min_samples, cfg.max_samples)
     rows.report.require_kept()
     return _finish(rows, cfg, texts, clips)
+
+
+def look_over(cfg: DataConfig, raw: RawData) -> str:
+    """What can be said of a folder's recordings without a base: which are there and open, and how long they are.
+
+    Texts, which take its tokenizer, and what lies behind the recordings' headers are left to `prepare_dataset`.
+    """
+    rows = Rows(raw)
+    rows.drop_what_the_reader_marked()
+    seconds = {}
+    for row in rows.kept():
+        path = rows.paths[row]
+        try:
+            seconds[row] = soundfile.info(path).duration
+        except (soundfile.LibsndfileError, OSError):
+            rows.drop(row, "unreadable", f"{path} can't be opened as a recording")
+            continue
+        if seconds[row] < cfg.min_seconds:
+            rows.drop(row, "too_short", f"{seconds[row]:.2f} s, at least {cfg.min_seconds:.2f} s are kept")
+        elif seconds[row] > cfg.max_samples / SAMPLE_RATE:
+            rows.drop(row, "too_long", f"{seconds[row]:.2f} s, at most {cfg.max_samples / SAMPLE_RATE:.2f} s are kept")
+    kept, report = rows.kept(), rows.report
+    report.count_kept([seconds[row] for row in kept], [rows.speakers[row] for row in kept])
+    head = f"{report.source}: at first sight {report.kept:,} of {report.total:,} clips ({report.minutes:.1f} minutes)."
+    return "\n".join([head, *report.summary().splitlines()[1:]])
 
 
 def least_samples(cfg: DataConfig) -> int:

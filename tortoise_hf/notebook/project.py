@@ -7,7 +7,6 @@ file lies beside the run's folder, so that a shell can go on with the same run.
 from __future__ import annotations
 
 import gc
-import io
 import json
 import re
 import warnings
@@ -16,18 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tortoise_hf.errors import UserError
-from tortoise_hf.notebook.cell import CellStopped, in_words
+from tortoise_hf.notebook.cell import CellStopped, bars_of_the_hub, in_words
 from tortoise_hf.notebook.machine import choose_precision, find_gpus
 from tortoise_hf.notebook.places import find_place, find_token, mount_drive_for
 from tortoise_hf.notebook.program import Program, find_script, interrupts_go_to, launch_command
 
 if TYPE_CHECKING:
     from tortoise_hf.config import Config
-    from tortoise_hf.data.check import DatasetReport
     from tortoise_hf.plan import Plan
     from tortoise_hf.voice import Speech, Voice
-
-CLIPS_PLAYED = 4
 
 # Said by a library of progress bars, which are not used here.
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -103,12 +99,13 @@ class Project:
         from tortoise_hf.data.check import DatasetReport
         from tortoise_hf.histogram import draw_histogram
         from tortoise_hf.notebook import show
+        from tortoise_hf.notebook.clips import some_clips
         from tortoise_hf.run import REPORT_NAME
 
         panel = show.Panel()
         self._run("prepare.py", ["--plan", str(self._plan_path)], lambda program: panel.show(show.text(program.last)))
         found = DatasetReport.from_json((self.run_dir / REPORT_NAME).read_text(encoding="utf-8"))
-        panel.show(show.report(found, draw_histogram(found), self._some_clips(found)))
+        panel.show(show.report(found, draw_histogram(found), some_clips(self.config().data, found)))
 
     @in_words
     def show_plan(self, plan: str = "auto") -> None:
@@ -240,7 +237,8 @@ class Project:
         find_token()
         self._export_dir()
         changes = {"repo_id": repo_id, "consent": consent, "private": False if public else None}
-        pushed = push_run(self.run_dir, changes)
+        with bars_of_the_hub():
+            pushed = push_run(self.run_dir, changes)
         print(f"{'Pushed' if pushed.changed else 'Already up to date'}: {pushed.url}")
 
     @in_words
@@ -254,7 +252,8 @@ class Project:
 
         self._export_dir()
         if self._voice is None or (not preview and self._voice_is_preview):
-            self._voice, self._voice_is_preview = Voice.from_pretrained(self.run_dir, preview=preview), preview
+            with bars_of_the_hub():
+                self._voice, self._voice_is_preview = Voice.from_pretrained(self.run_dir, preview=preview), preview
         panel, done = show.Panel(), {"codes": 0, "diffusion": 0}
 
         def count(stage: str, more: int) -> None:
@@ -302,7 +301,8 @@ class Project:
             from tortoise_hf.hub.checkpoints import SCHEME, fetch_run
 
             cfg = self.config()
-            fetch_run(cfg.having({"training.resume": f"{SCHEME}{self.keep_on_hub}"}))
+            with bars_of_the_hub():
+                fetch_run(cfg.having({"training.resume": f"{SCHEME}{self.keep_on_hub}"}))
 
     def _forget_voice(self) -> None:
         """Give memory back that the training needs."""
@@ -322,28 +322,6 @@ class Project:
         if not is_export(self.run_dir / EXPORT_DIR):
             raise UserError(f"{self.run_dir} holds no finished voice yet; train to the end first.")
         return self.run_dir / EXPORT_DIR
-
-    def _some_clips(self, found: DatasetReport) -> list[tuple[str, bytes]]:
-        """Texts and sound (WAV) of a few clips that are used, spread over the list."""
-        import soundfile
-
-        from tortoise_hf.audio import SAMPLE_RATE, AudioError, load_waveform
-        from tortoise_hf.data.ljspeech import read_rows
-
-        rows = read_rows(self.config().data).train
-        dropped = {problem.clip_id for problems in found.dropped.values() for problem in problems}
-        columns = zip(rows["clip_id"], rows["text"], rows["audio_path"], strict=True)
-        usable = [(said, path) for clip, said, path in columns if clip not in dropped and path]
-        clips = []
-        for said, path in usable[:: max(1, len(usable) // CLIPS_PLAYED)][:CLIPS_PLAYED]:
-            try:
-                waveform = load_waveform(path)
-            except AudioError:  # gone since it was checked
-                continue
-            stream = io.BytesIO()
-            soundfile.write(stream, waveform.numpy(), SAMPLE_RATE, format="WAV")
-            clips.append((said, stream.getvalue()))
-        return clips
 
 
 def _holds_checkpoints(repo_id: str) -> bool:

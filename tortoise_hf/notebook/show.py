@@ -46,7 +46,13 @@ def show(content: str) -> None:
 
 def text(lines: str) -> str:
     """Lines as they are, broken where the page ends."""
-    return f'<pre style="white-space:pre-wrap; margin:0">{html.escape(lines)}</pre>'
+    style = "white-space:pre-wrap; word-break:normal; overflow-wrap:anywhere; margin:0"
+    return f'<pre style="{style}">{html.escape(lines)}</pre>'
+
+
+def name_of(setting: str) -> str:
+    """A setting's name, which may be broken behind its dots and underscores where a table is narrow."""
+    return f'<code style="white-space:normal">{setting.replace(".", ".<wbr>").replace("_", "_<wbr>")}</code>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -65,7 +71,8 @@ def picture(png: bytes, label: str) -> str:
 def player(wav: bytes) -> str:
     """Plays a WAV file."""
     data = base64.b64encode(wav).decode("ascii")
-    return f'<audio controls preload="none" style="width:16em" src="data:audio/wav;base64,{data}"></audio>'
+    style = "width:16em; max-width:26vw"  # on a phone three of them stand side by side, with little but their button
+    return f'<audio controls preload="none" style="{style}" src="data:audio/wav;base64,{data}"></audio>'
 
 
 def report(found: DatasetReport, histogram: bytes, clips: Sequence[tuple[str, bytes]]) -> str:
@@ -93,8 +100,7 @@ def plan(made: Plan) -> str:
     from tortoise_hf.plan import in_words
 
     rows = [
-        (f"<code>{row.name}</code>", f"<b>{html.escape(in_words(row.value))}</b>", html.escape(row.origin))
-        for row in made.rows
+        (name_of(row.name), f"<b>{html.escape(in_words(row.value))}</b>", html.escape(row.origin)) for row in made.rows
     ]
     after = "\n".join(line.strip() for line in made.closing_lines())
     return text(made.head()) + table(("setting", "value", "why"), rows) + text(after)

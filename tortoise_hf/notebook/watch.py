@@ -9,6 +9,7 @@ from typing import Any
 from tortoise_hf.hub.curve import read_log
 from tortoise_hf.notebook import show
 from tortoise_hf.notebook.program import Program
+from tortoise_hf.notebook.settings import where_to_write
 from tortoise_hf.run import RUN_FILE
 from tortoise_hf.sample_folder import SAMPLES_DIR, spoken_steps
 
@@ -55,7 +56,7 @@ class Watch:
         advice = lines.index(NEXT, first) if NEXT in lines[first:] else len(lines)
         shown = [line for line in lines[first:advice] if line.startswith(RESULTS)]
         shown += [line.strip() for line in lines[advice + 1 :] if not line.startswith(FOR_A_SHELL)]
-        self._draw_bar("\n".join(shown))
+        self._draw_bar(where_to_write("\n".join(shown)))
 
     def _draw_bar(self, lines: str) -> list[dict[str, Any]]:
         log = read_log(self.run_dir / "log.jsonl")
