@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import golden_gpt, make_config
+from hub.voice_maker import CONSENT, LOG, make_run
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_loop import run_training
+from transformers import TrainerState
 
-from tortoise_hf.config import LoraConfig
+from tortoise_hf.checkpoint import save_checkpoint
+from tortoise_hf.config import LoraConfig, OptimConfig
 from tortoise_hf.errors import UserError
+from tortoise_hf.export_run import export_run
+from tortoise_hf.hub.publish import HUB_DIR
+from tortoise_hf.hub.pull import pull_voice
+from tortoise_hf.hub.voice_folder import link_file
+from tortoise_hf.hub.worker import push_checkpoint
 from tortoise_hf.lora import adapter_names, add_adapter, load_trained, merge_adapter, num_weights, save_adapter
 from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.optim import build_lr_scheduler, build_optimizer
+from tortoise_hf.run import open_run
 
 EVERYWHERE = LoraConfig(rank=4, alpha=4, conditioning_encoder=True, embeddings=True, heads=True)
 
@@ -165,6 +178,79 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path):
         other.mel_head.bias[0] += 1e-3
     with pytest.raises(UserError, match=r"trained on other weights than those that model\.base names now"):
         merge_adapter(other, folder)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_base):
+    """A run's folder with an adapter as its checkpoint 5; the run was a whole model's before."""
+    folder = make_run(
+        tmp_path, tiny_base, hub__repo_id="me/voice", hub__consent=CONSENT, lora__rank=4, model__from_scratch=False
+    )
+    model = adapted()
+    optimizer = build_optimizer(model, OptimConfig())
+    scheduler = build_lr_scheduler(optimizer, OptimConfig(), max_steps=10)
+    state = TrainerState(global_step=5, best_global_step=5, best_model_checkpoint="checkpoint-5", log_history=LOG)
+    save_checkpoint(folder, Accelerator(cpu=True), model, optimizer, scheduler, state)
+    return folder
+
+
+def test_the_export_is_whole_and_holds_the_adapter_besides(run, tmp_path):
+    report = export_run(run, tmp_path / "out")
+    assert report.self_test.passed
+    assert "of 74 tensors changed" in report.self_test.findings["difference from the base"]
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} < set(report.files)
+    whole = TortoiseGPT.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(whole), logits(adapted()), atol=1e-5, rtol=1e-5)
+    again = merge_adapter(golden_gpt(), tmp_path / "out" / "adapter")
+    assert torch.equal(logits(again.eval()), logits(whole))
+
+
+def test_a_checkpoint_is_pushed_while_the_run_goes_on(run, hub):
+    staging = run / HUB_DIR / "step-5"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json", "trainer_state.json"):
+        link_file(run / "checkpoint-5" / name, staging / "checkpoint" / name)
+    (staging / "step.json").write_text(json.dumps({"step": 5, "lineage": ["the golden GPT"]}))
+    push_checkpoint(run, staging, threading.Event())
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "model.safetensors"} < set(
+        HfApi().list_repo_files("me/voice")
+    )
+    pulled = TortoiseGPT.from_pretrained(pull_voice("me/voice")).eval()
+    torch.testing.assert_close(logits(pulled), logits(adapted()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_goes_on_only_as_it_began(tmp_path):
+    def open_it(**settings):
+        cfg = make_config(tmp_path, **settings)
+        return open_run(cfg, Accelerator(cpu=True), {"a": "1"}, 5)
+
+    open_it(lora__rank=4)
+    with pytest.raises(UserError, match=r"was begun with lora\.rank 4, and now it is 8"):
+        open_it(lora__rank=8)
+    with pytest.raises(UserError, match=r"was begun with lora\.rank 4, and now it is 0"):
+        open_it()
+    open_it(lora__rank=4, lora__dropout=0.2)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["config"]["lora"]  # as versions wrote it that had no adapters
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"was begun with lora\.rank 0, and now it is 4"):
+        open_it(lora__rank=4)
+    open_it()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora__rank": -1}, "lora.rank must lie between 1 and 256"),
+        ({"lora__rank": 300}, "lora.rank must lie between 1 and 256"),
+        ({"lora__rank": 4, "lora__alpha": 0.0}, "lora.alpha must be above 0"),
+        ({"lora__rank": 4, "lora__dropout": 1.0}, r"lora.dropout must be in \[0, 1\)"),
+        ({"lora__heads": True}, "lora.heads is true, but lora.rank is 0"),
+        ({"lora__rank": 4, "model__from_scratch": True}, "model.from_scratch is true and lora.rank above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **settings)
 
 
 def test_a_whole_checkpoint_is_loaded_as_ever(tmp_path):

@@ -9,6 +9,8 @@ from conftest import REPOSITORY
 from tortoise_hf.cli import load_config
 from tortoise_hf.config import Config
 from tortoise_hf.dvae_config import DVAERunConfig
+from tortoise_hf.memory import step_memory
+from tortoise_hf.models.gpt import GPTConfig
 
 RECIPES = sorted(REPOSITORY.glob("configs/*.yaml"))
 
@@ -33,3 +35,20 @@ def test_the_demo_needs_no_network():
     for place in (cfg.data.root, cfg.model.base):
         assert (REPOSITORY / place).is_dir()
     assert cfg.model.from_scratch
+
+
+@pytest.mark.parametrize(
+    ("name", "mixed_precision", "gib"), [("t4", "fp16", 14), ("8gb", "bf16", 7.5), ("lora", "fp16", 7)]
+)
+def test_recipes_for_small_cards_fit_on_them_at_full_length(name, mixed_precision, gib):
+    """As computed; their comments give the figure."""
+    text = (REPOSITORY / "configs" / f"{name}.yaml").read_text()
+    cfg = load_config(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")], "x")
+    assert (cfg.data.max_samples, cfg.model.base) == (255_995, "released")
+    training = cfg.training
+    found = step_memory(
+        cfg, GPTConfig(), mixed_precision, training.micro_batch_size, cfg.model.gradient_checkpointing
+    ).total
+    assert found <= gib * 2**30
+    assert f"{found / 2**30:.1f} GiB (computed) at full length" in text
+    assert f"one_gpu_{mixed_precision}.yaml" in text

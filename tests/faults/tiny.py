@@ -16,6 +16,7 @@ from tortoise_hf.data.collate import Collator
 from tortoise_hf.data.loader import EvalBatches, TrainBatches
 from tortoise_hf.data.sampler import StepSampler
 from tortoise_hf.loop import train
+from tortoise_hf.lora import add_adapter
 from tortoise_hf.machine import start_accelerator
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
 from tortoise_hf.run import check_run_folder, open_run, start_or_resume
@@ -46,6 +47,8 @@ def _train(cfg: Config, num_clips: int, prepare) -> dict:
     check_run_folder(cfg)
     accelerator = start_accelerator(cfg.training.seed)
     model, dataset = golden_gpt(dropout=0.1), Dataset(num_clips)
+    if cfg.lora.rank > 0:
+        add_adapter(model, cfg.lora, cfg.training.seed)
     training = cfg.training
     collate = Collator.for_model(model.config, cfg.data.padding)
     processes = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}

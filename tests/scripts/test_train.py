@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from tortoise_hf.lora import WEIGHTS as ADAPTER
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.sample_folder import load_samples, spoken_steps
 
@@ -145,6 +146,29 @@ def test_a_run_can_be_heard(train, tiny_base, tiny_voice, tmp_path):
     shutil.rmtree(folder / "export")
     train(*flags)
     assert (folder / "samples" / entries[0]["tuned"]).read_bytes() == before
+
+
+def test_an_adapter_from_start_to_export(train, tiny_base, tiny_voice, tmp_path):
+    """The first run's voice is the base; 8 bits for the optimizer where bitsandbytes is installed, a line where not."""
+    data = tiny_voice(8)
+    train(*tiny_run(tiny_base, data, tmp_path, name="base", training__max_steps=1))
+    settings = {"model__from_scratch": "false", "lora__rank": 2, "optim__optimizer": "adamw_8bit"}
+    settings |= {"samples__enabled": "true", "samples__num_texts": 1}
+    done = train(*tiny_run(tmp_path / "base" / "export", data, tmp_path, **settings))
+    folder = tmp_path / "run"
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    assert ("this run takes adamw" in done.stdout) == (not installed)
+    assert "an adapter of rank 2 on the frozen weights of" in done.stdout
+    assert spoken_steps(folder / "samples") == [0, 2, 3]
+    best = json.loads((folder / "export" / "export.json").read_text())["step"]
+    checkpoint = folder / f"checkpoint-{best}"
+    adapter = load_file(folder / "export" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, adapter[name]) for name, tensor in load_file(checkpoint / ADAPTER).items())
+    assert not (checkpoint / "model.safetensors").exists()
+    base = load_file(tmp_path / "base" / "export" / "model.safetensors")
+    whole = load_file(folder / "export" / "model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], whole[name])}
+    assert changed == {f"gpt.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
 
 
 @pytest.mark.parametrize(("num_clips", "batch_size"), [(1, 4), (2, 4), (3, 4)])

@@ -27,8 +27,8 @@ from tortoise_hf.run import CLIPS_FILE, RUN_FILE
 
 SCHEME = "hub:"
 _CHECKPOINT_FILE = re.compile(
-    r"^checkpoint-(\d+)/(config\.json|generation_config\.json|model\.safetensors|optimizer\.pt|rng\.pt|scheduler\.json"
-    r"|scaler\.json|trainer_state\.json|manifest\.json)$"
+    r"^checkpoint-(\d+)/((adapter_)?config\.json|generation_config\.json|(adapter_)?model\.safetensors|optimizer\.pt"
+    r"|rng\.pt|scheduler\.json|scaler\.json|trainer_state\.json|manifest\.json)$"
 )
 _README = """# Checkpoints of a run of tortoise_hf
 
