@@ -1,5 +1,6 @@
 # make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU; share it on a Hub that runs here
 # make test   set up, then check the code and run the tests
+# make bench set up, then measure training and preparation on this machine's CPU; benchmarks/gpu_all.sh measures a GPU
 # make docs   set up, then build the documentation as a site; a broken link is an error
 # make clean  delete the demo run, so that the next make demo begins anew
 
@@ -7,8 +8,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo
+BENCH := runs/bench
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -21,6 +23,16 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)
+	rm -rf $(BENCH) && mkdir -p $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py --device cpu --json $(BENCH)/train_step.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py --device cpu --size released --clips 512 \
+	  --micro_batches 1 --micro_batch_size 4 --repeats 1 --warm_up 0 --json $(BENCH)/train_step_released.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prepare.py --device cpu --size released --clips 32 --batches 1 8 \
+	  --num_proc 1 2 --json $(BENCH)/prepare.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/end_to_end.py --device cpu --json $(BENCH)/end_to_end.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --device cpu --json $(BENCH)/scaling.json
 
 docs: $(INSTALLED)
 	@test -x $(BIN)/zensical || { echo "error: the documentation takes Python 3.11 or newer; remove .venv and run make with PYTHON=python3.11."; exit 1; }

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import random_models
 import torch
+from measuring import best_seconds, matrix_rate, wait_for
 from random_models import SIZES, TEXT
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +37,6 @@ from tortoise_hf.speech import Chain, rows_at_once
 from tortoise_hf.voice import Voice
 
 STAGES = ("sample", "rank", "latents", "mel", "waveform")
-
-
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed_stages(chain: Chain, device: torch.device) -> dict[str, float]:
@@ -65,27 +60,14 @@ def timed_stages(chain: Chain, device: torch.device) -> dict[str, float]:
     return seconds
 
 
-def best_seconds(operation, device: torch.device, repeats: int = 5) -> float:
-    """Seconds of the quickest of several times."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        operation()
-        wait_for(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 @torch.inference_mode()
 def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What the device reaches: bytes read per second by a matrix times a vector, operations of square matrices."""
-    width = 8192 if device.type == "cuda" else 2048
-    square = torch.randn(width, width, device=device, dtype=dtype)
     tall = torch.randn(64 * 1024, 1024, device=device, dtype=dtype)
     vector = torch.randn(1024, device=device, dtype=dtype)
     return {
         "bytes_per_second": tall.numel() * tall.element_size() / best_seconds(lambda: tall @ vector, device),
-        "operations_per_second": 2 * width**3 / best_seconds(lambda: square @ square, device),
+        "operations_per_second": matrix_rate(device, dtype),
     }
 
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import flops
@@ -28,7 +29,7 @@ import numpy as np
 import synthetic
 import torch
 from accelerate import Accelerator
-from measuring import Cost, add_common_arguments, alternate, finish, matrix_rate, medians, wait_for
+from measuring import Cost, add_common_arguments, alternate, finish, matrix_rate, measured, medians, table, wait_for
 from reference_step import (
     BATCH_SIZE,
     CONDITIONING_CLIPS,
@@ -46,6 +47,7 @@ from tortoise_hf.audio import HOP_LENGTH, SAMPLES_PER_CODE, num_codes
 from tortoise_hf.config import CallbackConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from tortoise_hf.data.collate import IGNORE_INDEX, Batch, Collator, ExampleDataset
 from tortoise_hf.data.conditioning import ConditioningDraws
+from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.data.sampler import Draw, StepSampler
 from tortoise_hf.machine import set_gradient_checkpointing
 from tortoise_hf.models.dvae import DVAE
@@ -62,6 +64,8 @@ class Variant:
 
     batching: str
     """grouped: micro-batches of a run. random: of clips as they come."""
+    group: int
+    """Rows that share their conditioning (data.conditioning_group)."""
     attention: str
     checkpointing: bool
     compiled: bool
@@ -69,7 +73,7 @@ class Variant:
     @property
     def name(self) -> str:
         """For tables."""
-        words = ["ours", self.batching, self.attention]
+        words = ["ours", self.batching, f"conditioning shared by {self.group}", self.attention]
         return ", ".join(words + ["checkpointing"] * self.checkpointing + ["compiled"] * self.compiled)
 
 
@@ -122,11 +126,9 @@ class Trainer:
         )
         self.window_frames = draws.num_frames
         self.dataset, self.lengths = ExampleDataset(examples, draws), np.array(examples["num_positions"])
-        self.grouped = self._typical_micro_batches()
-        chosen = [draw for one in self.grouped for draw in one]
-        order = np.random.default_rng(0).permutation(len(chosen))
-        parts = np.array_split(order, args.micro_batches)
-        self.random = [[chosen[place] for place in part] for part in parts]
+        self.grouped = {group: self._typical_micro_batches(group) for group in (1, *args.conditioning_group)}
+        chosen = [draw for one in self.grouped[1] for draw in one]
+        parts = np.array_split(np.random.default_rng(0).permutation(len(chosen)), args.micro_batches)
         self.real_positions = int(sum(self.lengths[draw.index] for draw in chosen))
 
         rows = [draw.index for draw in chosen]
@@ -149,8 +151,9 @@ class Trainer:
         """Of a turn."""
         return len(self.raw_clips)
 
-    def _typical_micro_batches(self) -> list[list[Draw]]:
-        sampler = StepSampler(self.lengths, min(self.args.batch_size, len(self.lengths)), self.args.micro_batch_size)
+    def _typical_micro_batches(self, group: int) -> list[list[Draw]]:
+        sizes = min(self.args.batch_size, len(self.lengths)), self.args.micro_batch_size
+        sampler = StepSampler(self.lengths, *sizes, conditioning_group=group)
         plan = [one for step in sampler.steps(0) for one in step if len(one) == self.args.micro_batch_size]
         plan.sort(key=lambda one: sum(self.lengths[draw.index] for draw in one))
         count = self.args.micro_batches
@@ -162,21 +165,44 @@ class Trainer:
 
     def ours(self, variant: Variant) -> Callable[[], None]:
         """A turn of one of our ways."""
-        chosen = self.grouped if variant.batching == "grouped" else self.random
+        chosen = self.grouped[variant.group]
+        if variant.batching == "random":
+            draws = [draw for one in chosen for draw in one]
+            chosen = [[draws[place] for place in part] for part in self.raw_batches]
         collator = Collator.for_model(self.config)
-        self.work[variant.name] = self._count([collator([self.dataset[draw] for draw in one]) for one in chosen])
+        self.work[variant.name] = self._count([collator(self.dataset.__getitems__(one)) for one in chosen])
         if variant.compiled:
             for block in self.model.gpt.h:
                 block.compile(dynamic=True)
 
         def turn() -> None:
-            self.model.set_attn_implementation(variant.attention)
-            set_gradient_checkpointing(self.model, variant.checkpointing)
+            self._become(variant)
             with torch.compiler.set_stance("default" if variant.compiled else "force_eager"):
                 batches = list(self._loader(self.dataset, chosen, collator))
                 optimizer_step(self.cfg, self.accelerator, self.prepared, self.optimizer, batches)
 
         return turn
+
+    def epoch(self, variant: Variant) -> dict[str, float]:
+        """All steps of an epoch over the dataset, fetched and done as a run does them."""
+        sizes = min(self.args.batch_size, len(self.lengths)), self.args.micro_batch_size
+        sampler = StepSampler(self.lengths, *sizes, conditioning_group=variant.group)
+        batches = TrainBatches(self.dataset, sampler, Collator.for_model(self.config), self.args.num_workers)
+
+        def whole() -> None:
+            self._become(variant)
+            with torch.compiler.set_stance("default" if variant.compiled else "force_eager"):
+                steps = batches.steps()
+                for _ in range(batches.steps_per_epoch):
+                    optimizer_step(self.cfg, self.accelerator, self.prepared, self.optimizer, next(steps))
+
+        cost = measured(whole, self.device)
+        found = {"steps": batches.steps_per_epoch, "clips": len(self.lengths), "seconds": cost.seconds}
+        return {**found, "padding_share": sampler.padding_share()}
+
+    def _become(self, variant: Variant) -> None:
+        self.model.set_attn_implementation(variant.attention)
+        set_gradient_checkpointing(self.model, variant.checkpointing)
 
     def _count(self, batches: list[Batch]) -> Work:
         rows, windows = [], 0
@@ -237,6 +263,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="of ours; no: float32")
     parser.add_argument("--batching", nargs="+", choices=("grouped", "random"), default=["grouped"])
+    parser.add_argument("--conditioning_group", type=int, nargs="+", default=[1, 8], help="data.conditioning_group")
     parser.add_argument("--attention", nargs="+", choices=("eager", "sdpa", "flash_attention_2"), default=["sdpa"])
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"])
@@ -250,17 +277,22 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each variant that are measured")
     parser.add_argument("--warm_up", type=int, default=1, help="turns of each before those")
     parser.add_argument("--no_reference", action="store_true")
+    parser.add_argument("--epoch", action="store_true", help="also a whole epoch over --clips clips")
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    ways = itertools.product(args.batching, args.attention, args.checkpointing, args.compile)
+    ways = itertools.product(args.batching, args.conditioning_group, args.attention, args.checkpointing, args.compile)
     with tempfile.TemporaryDirectory(prefix="tortoise_hf_train_step_") as folder:
         trainer = Trainer(args, Path(folder))
         variants = {} if args.no_reference else {REFERENCE: trainer.reference()}
-        for batching, attention, checkpointing, compiled in ways:
-            variant = Variant(batching, attention, checkpointing == "on", compiled == "on")
+        epochs = {}
+        for batching, group, attention, checkpointing, compiled in ways:
+            variant = Variant(batching, group, attention, checkpointing == "on", compiled == "on")
             variants[variant.name] = trainer.ours(variant)
+            if args.epoch:
+                epochs[variant.name] = partial(trainer.epoch, variant)
         costs = alternate(variants, args.repeats, device, args.warm_up)
+        epochs = {name: run() for name, run in epochs.items()}
     update = Cost(min(trainer.updates.seconds), min(trainer.updates.cpu_seconds), 0)
     rates = {"float32": matrix_rate(device, torch.float32)}
     if args.precision != "no":
@@ -275,7 +307,10 @@ def main(argv: list[str] | None = None) -> dict:
             row["times_reference"] = row["clips_per_second"] / rows[0]["clips_per_second"]
             row["times_reference_computing"] = rows[0]["computing_seconds_per_clip"] / row["computing_seconds_per_clip"]
     turns = {name: [cost.seconds for cost in each] for name, each in costs.items()}
-    return finish(args, "train_step", device, rows, matrix_operations_per_second=rates, turns=turns)
+    result = finish(args, "train_step", device, rows, matrix_operations_per_second=rates, turns=turns, epochs=epochs)
+    if epochs:
+        print("\n" + table([{"variant": name, **found} for name, found in epochs.items()]))
+    return result
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 
 from tortoise_hf.config import DataConfig
 
-NOT_FOR_DVAE = ("max_text_ids", "num_conditioning_clips", "conditioning_seconds", "padding", "num_workers")
+NOT_FOR_DVAE = ("max_text_ids", "num_conditioning_clips", "conditioning_seconds", "conditioning_group", "padding",
+                "num_workers")  # fmt: skip
 """Settings of `data` that only the GPT's training reads; here they aren't offered."""
 
 

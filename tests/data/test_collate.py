@@ -135,7 +135,7 @@ def test_a_batch_moves_as_a_whole_and_feeds_the_model():
     moved = batch.to("meta")
     assert moved.text_targets.device.type == moved.conditioning_mel.device.type == "meta"
     assert moved.num_mel_targets == batch.num_mel_targets
-    names = {"text_inputs", "mel_inputs", "conditioning_mel", "text_lengths", "num_positions"}
+    names = {"text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows", "text_lengths", "num_positions"}
     assert set(batch.model_inputs()) == names
     assert batch.num_positions == 1 + (9 + 3) + (30 + 1)
     assert collator("stop")([example(9, 30)]).to("meta").text_lengths is None

@@ -140,3 +140,38 @@ def test_loader_processes_change_nothing():
         assert torch.equal(one.text_inputs, other.text_inputs)
         assert torch.equal(one.mel_targets, other.mel_targets)
         assert (one.num_mel_targets, one.indices.tolist()) == (other.num_mel_targets, other.indices.tolist())
+
+
+def test_a_group_hears_the_same_clips_and_none_of_its_own():
+    draws = ConditioningDraws(make_examples("a" * 10 + "b" * 6), MEL_NORMS)
+    group = (0, 3, 7, 12, 13)
+    for epoch in range(20):
+        heard = {row: draws(Draw(row, epoch, 1, group)) for row in group}
+        for speaker, mates in (({0, 3, 7}, set(range(10))), ({12, 13}, set(range(10, 16)))):
+            first, *others = (heard[row] for row in sorted(speaker))
+            assert all(np.array_equal(first, other) for other in others)
+            clips = set(first[:, :, 0].flatten().astype(int).tolist())
+            assert len(clips) == 2
+            assert clips < mates - speaker
+
+
+def test_a_group_that_leaves_too_few_clips_shares_nothing():
+    draws = ConditioningDraws(make_examples("aaaa"), MEL_NORMS)
+    group = (0, 1, 2)
+    assert draws.sharing(Draw(1, 0, 1, group)) == [1]
+    assert np.array_equal(draws(Draw(1, 4, 1, group)), draws(Draw(1, 4, 1)))
+    assert set.union(*({*draws.choose(Draw(1, e, 1, group))[0].tolist()} for e in range(30))) == {0, 2, 3}
+
+
+def test_what_a_group_hears_is_loaded_once():
+    examples = make_examples("a" * 8 + "b")
+    dataset = ExampleDataset(examples, ConditioningDraws(examples, MEL_NORMS))
+    group = (0, 1, 2, 8)
+    fetched = dataset.__getitems__([Draw(row, 0, 1, group) for row in (0, 1, 8)] + [Draw(5, 0, 1), Draw(5, 0, 1)])
+    assert [example.conditioning_of for example in fetched] == [0, 0, 8, None, None]
+    assert fetched[0].conditioning_mel is fetched[1].conditioning_mel
+    batch = Collator(255, 0, 256, 257, max_text_ids=40, max_mel_codes=60)(fetched)
+    assert batch.conditioning_rows.tolist() == [0, 0, 1, 2, 3]
+    for row, draw in enumerate([Draw(0, 0, 1, group), Draw(1, 0, 1, group)]):
+        mel = batch.conditioning_mel[batch.conditioning_rows[row]]
+        assert np.array_equal(mel, dataset[draw].conditioning_mel)

@@ -141,3 +141,22 @@ def test_processes_work_on_equally_long_rows_at_the_same_time():
         for sampler in samplers
     ]
     np.testing.assert_allclose(positions[0], positions[1], rtol=0.05)
+
+
+def test_groups_are_neighbours_and_the_same_on_any_hardware():
+    lengths = speech_lengths(50)
+
+    def groups_of(num_processes, micro_batch_size):
+        samplers = processes(
+            num_processes, lengths=lengths, batch_size=20, micro_batch_size=micro_batch_size, conditioning_group=4
+        )
+        draws = [draw for sampler in samplers for step in sampler.steps(1) for one in step for draw in one]
+        return {draw.index: draw.group for draw in draws if draw.weight}
+
+    expected = groups_of(1, 8)
+    assert groups_of(2, 5) == groups_of(3, 1) == expected
+    assert sorted(len(group) for group in set(expected.values())) == [2] + [4] * 12
+    for index, group in expected.items():
+        assert index in group
+        assert list(lengths[list(group)]) == sorted(lengths[list(group)], reverse=True)
+    assert all(draw.group == () for one in StepSampler(lengths, 20, 8).steps(0)[0] for draw in one)

@@ -186,6 +186,12 @@ class TestNotTheForksSemantics:
 
 
 class TestConditioningAttention:
+    def test_answers_for_the_first_frames_are_those_of_all(self):
+        torch.manual_seed(0)
+        block = ConditioningAttention(64, 4)
+        hidden = torch.randn(2, 64, 11)
+        torch.testing.assert_close(block(hidden, num_answers=3), block(hidden)[:, :, :3], atol=1e-6, rtol=0)
+
     def test_equals_the_formula_spelled_out(self):
         """Heads first, then query, key, value; scale head ** -0.25 on both; softmax over frames."""
         torch.manual_seed(0)
@@ -260,6 +266,23 @@ class TestCompactRows:
             for got, expected in zip(together, alone, strict=True):
                 length = num_text if got is together.text_logits else num_mel
                 torch.testing.assert_close(got[one, :length], expected, atol=1e-5, rtol=0)
+
+    def test_a_shared_conditioning_equals_one_of_each_rows_own(self, model, batch):
+        text, mel, clips, lengths = batch
+        heard = torch.tensor([1, 0, 1, 1])
+        results = []
+        for conditioning in (
+            {"conditioning_mel": clips[heard]},
+            {"conditioning_mel": clips[:2], "conditioning_rows": heard},
+        ):
+            model.zero_grad()
+            output = model(text, mel, text_lengths=lengths, **conditioning)
+            output.mel_logits[0].square().sum().backward()
+            gradient = model.conditioning_encoder.init.weight.grad
+            results.append((output.mel_logits, gradient / gradient.abs().max()))
+        torch.testing.assert_close(*(logits for logits, _ in results), atol=1e-5, rtol=0)
+        torch.testing.assert_close(*(gradient for _, gradient in results), atol=1e-5, rtol=0)
+        assert (results[0][0][1] - results[0][0][2]).abs().max() > 1e-3
 
     def test_padding_and_neighbours_have_no_say(self, model, batch):
         text, mel, clips, lengths = batch

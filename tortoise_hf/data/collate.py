@@ -5,7 +5,7 @@ padding is filled with STOP tokens that count like any other, as the reference t
 depends on its neighbours, so this is for comparisons only.
 """
 
-# B batch · K conditioning clips · T text positions · C mel positions · F mel frames
+# B batch · N conditionings, at most B · K conditioning clips · T text positions · C mel positions · F mel frames
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class Example:
     """Row of the examples."""
     weight: int = 1
     """1, or 0 if the row only fills a micro-batch."""
+    conditioning_of: int | None = None
+    """Rows with the same number share their conditioning; None: this one shares it with nobody."""
 
 
 class ExampleDataset(torch.utils.data.Dataset):
@@ -58,18 +60,31 @@ class ExampleDataset(torch.utils.data.Dataset):
         return len(self._examples)
 
     def __getitem__(self, draw: Draw) -> Example:
-        row = self._examples[draw.index]
-        return Example(
-            text_ids=row["text_ids"][0].values.to_numpy(),
-            mel_codes=row["mel_codes"][0].values.to_numpy(),
-            conditioning_mel=self._conditioning(draw),
-            index=draw.index,
-            weight=draw.weight,
-        )
+        return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Example]:
         """One micro-batch; `DataLoader` asks for it like this."""
-        return [self[draw] for draw in draws]
+        examples: list[Example] = []
+        heard: dict[int, np.ndarray] = {}
+        for draw in draws:
+            first = self._conditioning.sharing(draw)[0] if draw.group else None
+            conditioning_mel = heard.get(first)
+            if conditioning_mel is None:
+                conditioning_mel = self._conditioning(draw)
+            if first is not None:
+                heard[first] = conditioning_mel
+            row = self._examples[draw.index]
+            examples.append(
+                Example(
+                    text_ids=row["text_ids"][0].values.to_numpy(),
+                    mel_codes=row["mel_codes"][0].values.to_numpy(),
+                    conditioning_mel=conditioning_mel,
+                    index=draw.index,
+                    weight=draw.weight,
+                    conditioning_of=first,
+                )
+            )
+        return examples
 
 
 @dataclass
@@ -89,7 +104,9 @@ class Batch:
     mel_lengths: torch.Tensor
     """(B,) int64 real positions of the mel row."""
     conditioning_mel: torch.Tensor
-    """(B, K, 80, F) float32."""
+    """(N, K, 80, F) float32."""
+    conditioning_rows: torch.Tensor | None
+    """(B,) int64 which of them each row hears; None if every row has its own."""
     indices: torch.Tensor
     """(B,) int64 rows of the examples."""
     num_positions: int | None
@@ -101,7 +118,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, torch.Tensor | int | None]:
         """What the GPT's forward takes, by name."""
-        names = ("text_inputs", "mel_inputs", "conditioning_mel", "text_lengths", "num_positions")
+        names = ("text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows", "text_lengths", "num_positions")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -168,7 +185,7 @@ class Collator:
             mel_inputs=mel.inputs,
             mel_targets=mel.targets,
             mel_lengths=mel.lengths,
-            conditioning_mel=torch.from_numpy(np.stack([example.conditioning_mel for example in examples])),
+            **_conditioning(examples),
             indices=torch.tensor([example.index for example in examples]),
             num_positions=1 + int((text.lengths + mel.lengths).max()) if self.padding == "mask" else None,
             num_text_targets=int((text.targets != IGNORE_INDEX).sum()),
@@ -211,6 +228,26 @@ class Collator:
             rows.inputs[rows.inputs == IGNORE_INDEX] = stop_id
             rows.targets[rows.targets == IGNORE_INDEX] = stop_id
         return text, mel
+
+
+def _conditioning(examples: Sequence[Example]) -> dict[str, torch.Tensor | None]:
+    """Each conditioning once, and who hears which."""
+    mels: list[np.ndarray] = []
+    place_of: dict[int, int] = {}
+    rows = []
+    for example in examples:
+        place = place_of.get(example.conditioning_of)
+        if place is None:
+            place = len(mels)
+            mels.append(example.conditioning_mel)
+            if example.conditioning_of is not None:
+                place_of[example.conditioning_of] = place
+        rows.append(place)
+    shared = len(mels) < len(examples)
+    return {
+        "conditioning_mel": torch.from_numpy(np.stack(mels)),
+        "conditioning_rows": torch.tensor(rows) if shared else None,
+    }
 
 
 @dataclass

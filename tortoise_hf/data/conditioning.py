@@ -1,8 +1,8 @@
 """Which recordings a training row is conditioned on: other clips of the same speaker, drawn anew in every epoch.
 
 A voice speaks with reference clips that say something else, so training must not show the GPT the clip it predicts. The
-draw is a pure function of seed, epoch and clip: runs repeat, and neither the number of processes nor of loader workers
-changes what a row hears.
+draw is a pure function of seed, epoch and clip (of the group of clips, where some share theirs): runs repeat, and
+neither the number of processes nor of loader workers changes what a row hears.
 """
 
 # K conditioning clips · F mel frames
@@ -67,12 +67,26 @@ class ConditioningDraws:
 
         They differ from each other where the speaker has enough clips; the row's own only if there is no other.
         """
-        rng = np.random.default_rng([self.seed, draw.epoch, draw.index])
-        members = self._members[self._speaker[draw.index]]
-        others = members[self._identity[members] != self._identity[draw.index]]
+        sharing = self.sharing(draw)
+        rng = np.random.default_rng([self.seed, draw.epoch, sharing[0]])
+        others = self._others(sharing)
         if len(others) == 0:
             others = np.array([draw.index])
         return rng.choice(others, self.num_clips, replace=len(others) < self.num_clips), rng
+
+    def sharing(self, draw: Draw) -> list[int]:
+        """Rows that hear what this one hears: those of its group with the same speaker, or it alone.
+
+        It is alone if the speaker hasn't enough clips that none of them says.
+        """
+        speaker = self._speaker[draw.index]
+        mates = [row for row in draw.group if self._speaker[row] == speaker]
+        return mates if len(mates) > 1 and len(self._others(mates)) >= self.num_clips else [draw.index]
+
+    def _others(self, rows: list[int]) -> np.ndarray:
+        """Rows of the same speaker that none of these is."""
+        members = self._members[self._speaker[rows[0]]]
+        return members[~np.isin(self._identity[members], self._identity[rows])]
 
     def __call__(self, draw: Draw) -> np.ndarray:
         """Conditioning mels of one row.

@@ -138,6 +138,7 @@ def build_batches(
             training.batch_size,
             training.micro_batch_size,
             seed=training.seed,
+            conditioning_group=data.conditioning_group,
             **processes,
         ),
         collate,

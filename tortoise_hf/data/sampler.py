@@ -30,6 +30,8 @@ class Draw(NamedTuple):
     """Epoch, from 0; decides the conditioning clips."""
     weight: int
     """1, or 0 for a clip that only fills an otherwise empty micro-batch: its targets count for nothing."""
+    group: tuple[int, ...] = ()
+    """Rows of the step that may hear the same conditioning clips, this one among them; empty: this one alone."""
 
 
 def count_positions(num_text_ids: Sequence[int] | np.ndarray, num_mel_codes: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -60,6 +62,7 @@ class StepSampler:
         num_processes: int = 1,
         process_index: int = 0,
         seed: int = 0,
+        conditioning_group: int = 1,
     ) -> None:
         """Plan for one process.
 
@@ -70,6 +73,7 @@ class StepSampler:
             num_processes: processes that share a step.
             process_index: this process, from 0.
             seed: of the clip order.
+            conditioning_group: clips of a step, neighbours in the order of length, that may share their conditioning.
         """
         self.lengths = np.asarray(lengths, dtype=np.int64)
         assert self.lengths.ndim == 1, "lengths must be one-dimensional"
@@ -77,11 +81,13 @@ class StepSampler:
         assert batch_size >= 1, "batch_size must be 1 or more"
         assert micro_batch_size >= 1, "micro_batch_size must be 1 or more"
         assert 0 <= process_index < num_processes, "process_index must lie below num_processes"
+        assert conditioning_group >= 1, "conditioning_group must be 1 or more"
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.num_processes = num_processes
         self.process_index = process_index
         self.seed = seed
+        self.conditioning_group = conditioning_group
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,12 +132,23 @@ class StepSampler:
         Micro-batches are neighbours in the order of length, so they pad little; the k-th ones of all processes are as
         long as each other, and the processes take turns at the longer ones.
         """
-        clips = clips[np.lexsort((clips, -self.lengths[clips]))]
+        clips = self._by_length(clips)
         num_rounds = -(-len(clips) // (self.micro_batch_size * self.num_processes))
         micro_batches = np.array_split(clips, num_rounds * self.num_processes)
         rounds = [micro_batches[r * self.num_processes : (r + 1) * self.num_processes] for r in range(num_rounds)]
         rounds = [one[::-1] if r % 2 else one for r, one in enumerate(rounds)]
         return [[one[process] for one in rounds] for process in range(self.num_processes)]
+
+    def groups(self, clips: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """The clips each of a step's clips may share its conditioning with; the same for any number of processes."""
+        size = self.conditioning_group
+        ordered = [int(clip) for clip in self._by_length(clips)]
+        groups = [tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        return {clip: group if len(group) > 1 else () for group in groups for clip in group}
+
+    def _by_length(self, clips: np.ndarray) -> np.ndarray:
+        """From long to short."""
+        return clips[np.lexsort((clips, -self.lengths[clips]))]
 
     def steps(self, epoch: int) -> list[list[list[Draw]]]:
         """This process's share of an epoch.
@@ -145,8 +162,9 @@ class StepSampler:
         plan = []
         for clips in self.global_steps(epoch):
             filler = Draw(int(clips[np.argmin(self.lengths[clips])]), epoch, 0)
+            groups = self.groups(clips)
             shares = self.deal(clips)[self.process_index]
-            plan.append([[Draw(int(i), epoch, 1) for i in share] or [filler] for share in shares])
+            plan.append([[Draw(int(i), epoch, 1, groups[int(i)]) for i in share] or [filler] for share in shares])
         return plan
 
     def iterate(self, start_epoch: int = 0, start_step: int = 0) -> Iterator[list[Draw]]:

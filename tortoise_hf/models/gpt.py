@@ -294,6 +294,7 @@ class TortoiseGPT(PreTrainedModel):
         mel_inputs: torch.Tensor,
         conditioning_mel: torch.Tensor | None = None,
         conditioning_latent: torch.Tensor | None = None,
+        conditioning_rows: torch.Tensor | None = None,
         text_lengths: torch.Tensor | None = None,
         num_positions: int | None = None,
     ) -> GPTOutput:
@@ -308,6 +309,8 @@ class TortoiseGPT(PreTrainedModel):
             mel_inputs: (B, C) ids, START included, and STOP where there is to be one.
             conditioning_mel: (B, K, num_mel_bins, F) or (B, num_mel_bins, F); or else give `conditioning_latent`.
             conditioning_latent: (B, D) from `encode_conditioning`, or (1, D) for all rows.
+            conditioning_rows: (B,) which of N conditionings each row hears, each of which is encoded once; None: row i
+                hears the i-th.
             text_lengths: (B,) real positions of each text row, between 1 and T; None means all T, the released layout.
             num_positions: with `text_lengths`, positions of the longest row in that layout (conditioning vector, text
                 and mel part); what lies behind them is padding in every row and is not computed. None: all 1 + T + C.
@@ -324,6 +327,8 @@ class TortoiseGPT(PreTrainedModel):
 
         if conditioning_latent is None:
             conditioning_latent = self.encode_conditioning(conditioning_mel)
+        if conditioning_rows is not None:
+            conditioning_latent = conditioning_latent[conditioning_rows]
         text = self.text_embedding(text_inputs) + self.text_pos_embedding(text_inputs)
         mel = self.mel_embedding(mel_inputs) + self.mel_pos_embedding(mel_inputs)
         conditioning = conditioning_latent.to(text.dtype).expand(text.shape[0], -1).unsqueeze(1)
