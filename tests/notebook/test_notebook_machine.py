@@ -49,7 +49,7 @@ def test_the_precision_is_what_all_cards_are_quick_in(gpus, precision):
 def test_too_little_is_warned_of():
     assert not any("Warning" in line for line in describe([T4], 50e9))
     assert not any("Warning" in line for line in describe([Gpu("RTX 4060", 7.996, (8, 9))], 50e9))
-    assert "TorToiSe's model needs 8 GiB" in describe([Gpu("RTX 3050", 4, (8, 6))], 50e9)[-1]
+    assert "takes 8 GiB or more, so this card" in describe([Gpu("RTX 3050", 4, (8, 6))], 50e9)[-1]
     assert "there is no GPU" in describe([], 50e9)[-1]
 
 

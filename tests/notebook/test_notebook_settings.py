@@ -60,14 +60,14 @@ def test_what_the_check_goes_by_is_set_before_it():
         read_others("Other_Settings", "training.seed: 7, data.min_seconds: 1")
     with pytest.raises(ValueError, match="write it into Other_Settings in section 5"):
         read_others("Data_Settings", "training.seed: 7")
-    assert read_others("Other_Settings", "model.gradient_checkpointing: true")
+    assert read_others("Data_Settings", "lora.rank: 16, optim.optimizer: adamw_8bit")
 
 
 def test_a_message_for_the_shell_says_where_the_notebook_takes_it():
     said = where_to_write("error: data.root: not there. Leave it out with --data.missing skip, or set optim.gamma.")
     assert said.splitlines()[1].split("; ") == [
         "In this notebook: data.root is the field Dataset_Training_Path",
-        "data.missing goes into Data_Settings in section 3, as data.min_seconds: 1, data.eval_fraction: 0.1",
+        "data.missing goes into Data_Settings in section 3, as data.min_seconds: 1, lora.rank: 16",
         "optim.gamma goes into Other_Settings in section 5, as optim.warmup_steps: 20, training.seed: 7.",
     ]
     assert where_to_write("error: clip-1.wav is silent") == "error: clip-1.wav is silent"

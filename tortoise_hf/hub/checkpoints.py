@@ -23,6 +23,7 @@ from tortoise_hf.hub.pull import MOST_FILES, check_space, compare, is_safe_name
 from tortoise_hf.hub.push import Pushed, push_folder
 from tortoise_hf.hub.voice_folder import link_file
 from tortoise_hf.places import PATH_SETTINGS, absolute_settings, public_settings
+from tortoise_hf.retries import retries_in_one_line
 from tortoise_hf.run import CLIPS_FILE, RUN_FILE
 
 SCHEME = "hub:"
@@ -80,6 +81,7 @@ def push_checkpoints(
     )
 
 
+@retries_in_one_line()
 def fetch_run(cfg: Config, endpoint: str | None = None, say: Callable[[str], object] = print) -> Config:
     """Settings for going on with a run whose checkpoints are on the Hub; others are given back as they are.
 

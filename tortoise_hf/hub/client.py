@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from tortoise_hf.config import HubConfig
 from tortoise_hf.errors import UserError
+from tortoise_hf.retries import retries_in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def _wait_seconds(error: BaseException, attempt: int) -> float:
     return min(LONGEST_WAIT, 2.0**attempt) * random.Random().uniform(0.8, 1.2)  # its own: the run's stay untouched
 
 
+@retries_in_one_line()
 def check_access(cfg: HubConfig, endpoint: str | None = None) -> str | None:
     """Before the first step: whether the pushes a config asks for can work.
 

@@ -27,6 +27,7 @@ from tortoise_hf.latents import LATENTS_NAME
 from tortoise_hf.models.checkpoint_formats import published_layout, read_gpt_weights
 from tortoise_hf.models.gpt import GPTConfig
 from tortoise_hf.models.released import delete_from_cache, file_sha256, hash_in_cache
+from tortoise_hf.retries import retries_in_one_line
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -56,6 +57,7 @@ def is_hub_name(text: str) -> bool:
     return bool(_HUB_NAME.fullmatch(text)) and not Path(text).exists() and not Path(text.split("/")[0]).is_dir()
 
 
+@retries_in_one_line()
 def pull_voice(
     name_or_folder: str | Path,
     revision: str | None = None,

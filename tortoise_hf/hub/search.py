@@ -7,8 +7,10 @@ from huggingface_hub import HfApi, ModelInfo
 from tortoise_hf.errors import UserError
 from tortoise_hf.hub.card import LIBRARY
 from tortoise_hf.hub.client import explain
+from tortoise_hf.retries import retries_in_one_line
 
 
+@retries_in_one_line()
 def search_voices(text: str | None = None, limit: int = 50, endpoint: str | None = None) -> list[ModelInfo]:
     """Repositories with this program's tag, the most downloaded first.
 

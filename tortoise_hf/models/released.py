@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,26 +23,9 @@ from huggingface_hub.errors import (
 )
 
 from tortoise_hf.errors import UserError
+from tortoise_hf.retries import retries_in_one_line
 
 logger = logging.getLogger(__name__)
-
-
-class _RetriesInOneLine(logging.Filter):
-    """The Hub's client tells every try of every request in two lines; once is enough."""
-
-    told = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrite the first one, drop the others."""
-        message = record.getMessage()
-        if "thrown while requesting" not in message and not message.startswith("Retrying in"):
-            return True
-        if self.told:
-            return False
-        self.told = True
-        reason = message.partition(" thrown while requesting")[0]
-        record.msg, record.args = f"The Hub doesn't answer ({reason}); trying for half a minute.", ()
-        return True
 
 
 @dataclass(frozen=True)
@@ -127,6 +110,7 @@ class FetchedFile:
     compared_with: str
 
 
+@retries_in_one_line()
 def fetch_released(
     names: Iterable[str],
     weights_dir: str | Path | None = None,
@@ -156,22 +140,6 @@ def fetch_released(
     names = list(dict.fromkeys(names))
     if weights_dir is not None and not Path(weights_dir).is_dir():
         raise UserError(f"{option}: {weights_dir} is not a folder; put {', '.join(names)} in one.")
-    client_log, once = logging.getLogger("huggingface_hub.utils._http"), _RetriesInOneLine()
-    client_log.addFilter(once)
-    try:
-        return _fetch(names, weights_dir, cache_dir, endpoint, offline, option)
-    finally:
-        client_log.removeFilter(once)
-
-
-def _fetch(
-    names: Sequence[str],
-    weights_dir: str | Path | None,
-    cache_dir: str | Path | None,
-    endpoint: str | None,
-    offline: bool | None,
-    option: str,
-) -> dict[str, FetchedFile]:
     fetched: dict[str, FetchedFile] = {}
     failures: dict[str, list[str]] = {}
     offline = constants.HF_HUB_OFFLINE if offline is None else offline

@@ -72,7 +72,8 @@ def describe(gpus: Sequence[Gpu], free_disk_bytes: int) -> list[str]:
         )
     elif min(gpu.memory_gib for gpu in gpus) < LEAST_GIB - 0.5:  # cards report a little less than they are sold with
         lines.append(
-            f"Warning: TorToiSe's model needs {LEAST_GIB} GiB or more; on this card training will run out of memory."
+            f"Warning: training all of TorToiSe's weights takes {LEAST_GIB} GiB or more, so this card will run out of "
+            "memory. An adapter takes less: Data_Settings lora.rank: 16, and 1e-4 as TrainingRate."
         )
     return lines
 

@@ -54,7 +54,7 @@ class Project:
             keep_in: folder, for instance on Drive, that keeps a copy to go on from.
             keep_on_hub: owner/name of a private repository that keeps checkpoints.
             base: what the run starts from, `model.base`.
-            settings: others that the check of the recordings goes by, see `read_others`.
+            settings: others that the check and the measurement go by, see `read_others`.
             folder: of the runs.
 
         Raises: CellStopped: if a place isn't to be had, the copy is damaged, or the settings can't be read.

@@ -46,7 +46,7 @@ _OWN_FIELDS = {setting: field for field, setting in FIELDS.items()} | {
 }
 _PLACES = {"Data_Settings": "Data_Settings in section 3", "Other_Settings": "Other_Settings in section 5"}
 _EXAMPLES = {
-    "Data_Settings": "data.min_seconds: 1, data.eval_fraction: 0.1",
+    "Data_Settings": "data.min_seconds: 1, lora.rank: 16",
     "Other_Settings": "optim.warmup_steps: 20, training.seed: 7",
 }
 _KNOWN = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
@@ -72,7 +72,7 @@ def read_others(field: str, written: str) -> dict[str, Any]:
     """The settings that have no form field of their own, out of one of the two fields that take them all.
 
     Args:
-        field: Data_Settings, for what the check of the recordings goes by, or Other_Settings, for all others.
+        field: Data_Settings, for what the check and the measurement go by, or Other_Settings, for all others.
         written: such as `optim.warmup_steps: 20, training.seed: 7`.
 
     Raises: UserError: if it can't be read, or a setting belongs into the other field.
@@ -102,8 +102,7 @@ def where_to_write(message: str) -> str:
 
 def _place_of(key: str) -> str:
     """Which of the two fields a setting belongs to."""
-    section = key.split(".")[0]
-    checked = section == "data" or (section == "model" and key != "model.gradient_checkpointing")
+    checked = key.split(".")[0] in ("data", "model", "lora") or key == "optim.optimizer"
     return "Data_Settings" if checked else "Other_Settings"
 
 
