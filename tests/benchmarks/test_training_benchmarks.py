@@ -152,14 +152,15 @@ def test_prepare(benchmark, tmp_path):
 
 
 def test_scaling(benchmark, tmp_path):
-    arguments = ["--clips", "12", "24", "--batches", "2", "--batch_size", "4", "--device", "cpu"]
+    arguments = ["--clips", "24", "--batches", "2", "--batch_size", "4", "--device", "cpu"]
     result = benchmark("scaling").main([*arguments, "--json", str(tmp_path / "numbers.json")])
     assert json.loads((tmp_path / "numbers.json").read_text()) == result
-    small, large = result["rows"]
-    assert large["stored_mib"] > 1.5 * small["stored_mib"]
-    for row in result["rows"]:
-        assert row["clips_fetched_per_second"] > 0
-        assert row["own_memory_mib"] > 50
+    (row,) = result["rows"]
+    assert row["what"] == "24 clips"
+    assert row["stored_mib"] > 1
+    assert row["clips_fetched_per_second"] > 0
+    assert row["own_memory_mib"] > 50
+    assert 0 <= row["padding_share"] < 0.3
 
 
 def test_end_to_end(benchmark, tmp_path, tiny_base, tiny_voice, monkeypatch):
