@@ -213,11 +213,18 @@ def _named_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / "trainer_state.json").read_text())["global_step"])
 
 
+def fixed_setting(config: Mapping[str, Any], key: str) -> Any:
+    """One of `FIXED_SETTINGS` out of a record's settings; None if its version didn't know it yet."""
+    section, name = key.split(".")
+    return config.get(section, _DEFAULTS.get(section, {})).get(name)
+
+
 def _refuse_changes(cfg: Config, record: dict[str, Any], clips: dict[str, str], folder: Path) -> None:
     now, then = cfg.to_dict(), record["config"]
     for key in FIXED_SETTINGS:
         section, name = key.split(".")
-        before = then.get(section, _DEFAULTS.get(section, {})).get(name, now[section][name])
+        before = fixed_setting(then, key)
+        before = now[section][name] if before is None else before
         if now[section][name] != before:
             raise UserError(
                 f"{folder} was begun with {key} {before}, and now it is {now[section][name]}; the run "

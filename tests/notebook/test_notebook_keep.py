@@ -154,6 +154,16 @@ def test_the_keeper_copies_while_the_run_trains(tmp_path, monkeypatch):
     assert keeper.state == f"Step 20 is kept in {drive}."
 
 
+def test_the_keeper_survives_what_nobody_thought_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(keep, "save_copy", lambda *_: {}["lora"])
+    keeper = Keeper(make_run(tmp_path / "run", 10), tmp_path / "drive", tmp_path / "prepared")
+    while not keeper.state:
+        pass
+    keeper.finish()
+    assert keeper.state == f"Warning: copying to {tmp_path / 'drive'} failed (KeyError: 'lora')."
+
+
 def test_a_copied_folder_replaces_the_one_before(tmp_path):
     for text in ("old", "new"):
         (tmp_path / text / "deep").mkdir(parents=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tortoise_hf.checkpoint import Checkpoint, complete_checkpoints, find_damage
 from tortoise_hf.errors import UserError
-from tortoise_hf.run import CLIPS_FILE, FIXED_SETTINGS, REPORT_NAME, RUN_FILE
+from tortoise_hf.run import CLIPS_FILE, FIXED_SETTINGS, REPORT_NAME, RUN_FILE, fixed_setting
 from tortoise_hf.units import format_bytes
 
 SMALL_FILES = (RUN_FILE, CLIPS_FILE, REPORT_NAME, "log.jsonl")
@@ -137,6 +137,8 @@ class Keeper:
                 self.state = f"Step {step:,} is kept in {self.copy_dir}."
         except UserError as error:
             self.state = f"Warning: {error}"
+        except Exception as error:  # or the thread would end, and nothing more would be kept, without a word
+            self.state = f"Warning: copying to {self.copy_dir} failed ({type(error).__name__}: {error})."
 
 
 def folder_bytes(folder: Path) -> int:
@@ -170,8 +172,7 @@ def _refuse_another_run(run_dir: Path, copy_dir: Path) -> None:
         here, there = (json.loads((folder / RUN_FILE).read_text(encoding="utf-8")) for folder in (run_dir, copy_dir))
     except (OSError, ValueError):  # one of them isn't there yet
         return
-    settings = [[one["config"][section].get(name) for section, name in (key.split(".") for key in FIXED_SETTINGS)]
-                for one in (here, there)]  # fmt: skip
+    settings = [[fixed_setting(one["config"], key) for key in FIXED_SETTINGS] for one in (here, there)]
     if settings[0] != settings[1] or here["data_fingerprint"] != there["data_fingerprint"]:
         raise UserError(
             f"{copy_dir} holds another run than {run_dir} (other clips, or other settings that can't change); choose "
