@@ -71,7 +71,7 @@ def picture(png: bytes, label: str) -> str:
 def player(wav: bytes) -> str:
     """Plays a WAV file."""
     data = base64.b64encode(wav).decode("ascii")
-    style = "width:16em; max-width:26vw"  # on a phone three of them stand side by side, with little but their button
+    style = "width:16em; max-width:20vw"  # on a phone three of them stand side by side, with little but their button
     return f'<audio controls preload="none" style="{style}" src="data:audio/wav;base64,{data}"></audio>'
 
 
