@@ -1,6 +1,6 @@
 # make demo   set up, then fine-tune the demo voice on this machine's CPU or GPU; share it on a Hub that runs here
 # make test   set up, then check the code and run the tests
-# make bench set up, then measure training and preparation on this machine's CPU; benchmarks/gpu_all.sh measures a GPU
+# make bench  set up, then measure training and preparation on this machine's CPU; a GPU: benchmarks/gpu_all.sh
 # make docs   set up, then build the documentation as a site; a broken link is an error
 # make clean  delete the demo run, so that the next make demo begins anew
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Fills every row of RESULTS.md that takes a GPU, in one run of at most nine minutes:
+# Fills the rows of RESULTS.md that take a GPU, but for the small cards' recipes, in one run of at most nine minutes:
 #
 #     bash benchmarks/gpu_all.sh [FOLDER]
 #
