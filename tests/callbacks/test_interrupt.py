@@ -27,8 +27,13 @@ class RaiseSignal(TrainerCallback):
 def test_a_signal_saves_the_step_and_leaves(tmp_path, number, exit_code, capsys):
     cfg = make_config(tmp_path, training__eval_strategy="no", training__save_steps=100)
     before = signal.getsignal(number)
+    owed = []
+    interrupt = InterruptCallback(
+        Accelerator(cpu=True), lambda: owed.append((tmp_path / "run" / "checkpoint-3").is_dir())
+    )
     with pytest.raises(Interrupted) as stop:
-        run_training(cfg, max_steps=50, extra=[InterruptCallback(Accelerator(cpu=True)), RaiseSignal(number, step=3)])
+        run_training(cfg, max_steps=50, extra=[interrupt, RaiseSignal(number, step=3)])
+    assert owed == [True], "what waits to be pushed goes out when the step is saved, and before the run is left"
     assert stop.value.exit_code == exit_code
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     assert signal.getsignal(number) is before

@@ -53,8 +53,10 @@ def build_callbacks(
     held = held_by_pushes(cfg.hub)
     callbacks += [CheckpointCallback(accelerator, cfg.training.save_total_limit, held), RunLogCallback()]
     if files is not None and (cfg.hub.repo_id is not None or cfg.hub.checkpoint_repo_id is not None):
-        callbacks.append(HubCallback(cfg, accelerator, files))
-    callbacks.append(InterruptCallback(accelerator))
+        hub = HubCallback(cfg, accelerator, files)
+        callbacks += [hub, InterruptCallback(accelerator, hub.send_what_is_owed)]
+    else:
+        callbacks.append(InterruptCallback(accelerator))
     writer = _summary_writer(cfg, accelerator) if cfg.callbacks.tensorboard else None
     if samples is not None:
         callbacks.append(SamplesCallback(accelerator, samples, writer))

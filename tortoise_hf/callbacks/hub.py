@@ -67,6 +67,11 @@ class Pusher:
         if overtaken is not None:
             shutil.rmtree(overtaken, ignore_errors=True)
 
+    def is_busy(self) -> bool:
+        """Whether something is in flight or waits."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
     def join(self, timeout: float) -> None:
         """Wait for what is in flight and what waits."""
         thread = self._thread
@@ -186,6 +191,12 @@ class HubCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The finished voice is pushed next; a push of an older one must not come after it."""
         # A checkpoint that is owed still goes out: the voice is pushed again after the run, checkpoints are not.
-        if self.cfg.hub.checkpoint_repo_id is not None:
-            self.pusher.join(LAST_PUSH_SECONDS)
+        self.send_what_is_owed()
         self.pusher.close(LAST_PUSH_SECONDS)
+
+    def send_what_is_owed(self) -> None:
+        """Wait for the push of the newest checkpoint, if such pushes were asked for."""
+        if self.cfg.hub.checkpoint_repo_id is not None and self.pusher.is_busy():
+            place = self.cfg.hub.checkpoint_repo_id
+            print(f"Waiting for the checkpoint to reach {place}; Ctrl-C leaves without.", flush=True)
+            self.pusher.join(LAST_PUSH_SECONDS)

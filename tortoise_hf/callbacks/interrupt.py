@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ class InterruptCallback(TrainerCallback):
     Stands behind `CheckpointCallback` in the list, so the checkpoint is complete when the exception leaves the loop.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        """Processes agree on stopping through `accelerator`."""
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, before_leaving: Callable[[], None] = lambda: None) -> None:
+        """Processes agree on stopping through `accelerator`; a signal while `before_leaving` works ends it at once."""
+        self.accelerator, self.before_leaving = accelerator, before_leaving
         self.received = 0
         self.received_at = 0.0
         self.stopping = 0
@@ -55,6 +56,7 @@ class InterruptCallback(TrainerCallback):
         """The step is on disk: leave."""
         if self.stopping:
             self.give_signals_back()
+            self.before_leaving()
             raise Interrupted(self.stopping)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

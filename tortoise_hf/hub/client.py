@@ -190,7 +190,8 @@ def require_consent(cfg: HubConfig) -> None:
     if not (cfg.consent or "").strip():
         raise UserError(
             "hub.consent is not set. A voice belongs to a person: say whose it is and that they agree, for instance "
-            "--hub.consent 'My own voice.' or 'Jane Doe, who agreed in writing.'; the card will say so."
+            "--hub.consent 'My own voice.' or 'Jane Doe, who agreed in writing.' (for scripts/push.py: --consent); the "
+            "card will say so."
         )
 
 
