@@ -11,6 +11,7 @@ to stay flat: examples are memory-mapped. `processes`: the demo trains for a few
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ import psutil
 import synthetic
 import torch
 from measuring import add_common_arguments, finish
+from reference_step import BATCH_SIZE
 from sizes import SIZES
 
 from tortoise_hf.data.collate import Collator, ExampleDataset
@@ -52,12 +54,12 @@ def fetch(folder: Path, num_clips: int, num_batches: int, batch_size: int) -> di
     draws = ConditioningDraws(examples, synthetic.random_norms())
     dataset = ExampleDataset(examples, draws)
     opened = time.perf_counter()
-    sampler = StepSampler(np.array(examples["num_positions"]), batch_size, batch_size)
+    sampler = StepSampler(np.array(examples["num_positions"]), min(BATCH_SIZE, num_clips), batch_size)
     steps = TrainBatches(dataset, sampler, Collator.for_model(SIZES["released"][0])).steps()
-    clips = len(next(steps)[0].indices)
+    micro_batches = itertools.chain.from_iterable(steps)
+    next(micro_batches)
     planned = time.perf_counter()
-    for _ in range(num_batches):
-        clips += len(next(steps)[0].indices)
+    clips = sum(len(batch.indices) for batch in itertools.islice(micro_batches, num_batches))
     fetched = time.perf_counter()
     return {
         "open_seconds": opened - started,
@@ -121,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, nargs="*", default=[256, 1024, 4096], help="sizes of the dataset")
     parser.add_argument("--batches", type=int, default=100, help="micro-batches fetched of each size")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8, help="clips of a micro-batch")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="numbers of processes that train the demo")
     parser.add_argument("--steps", type=int, default=20, help="of each of these runs; the second half is timed")
     parser.add_argument("--fetch", type=Path, help=argparse.SUPPRESS)

@@ -10,7 +10,8 @@ turns. A turn is the gradients of a few micro-batches and one move of the weight
 taken from its plan at even distances in the order of length.
 
 Utilisation is what `flops.py` counts (real tokens alone, nothing recomputed) per second of a turn without the move, by
-what the device reached with large matrices of the same precision in the same run.
+what the device reached with large matrices of the same precision in the same run. On a CPU both go by the processor's
+time, so that what else runs on the machine doesn't count.
 """
 
 from __future__ import annotations
@@ -241,15 +242,14 @@ class Trainer:
         """A variant's line of the table."""
         work, batch_size = self.work[name], self.args.batch_size
         share = batch_size / self.num_clips
-        gradients = cost.seconds - update.seconds
+        gradients, computing = cost.seconds - update.seconds, cost.cpu_seconds - update.cpu_seconds
         seconds = share * gradients + update.seconds
         return {
             "variant": name,
             "clips_per_second": batch_size / seconds,
-            "computing_seconds_per_clip": (
-                share * (cost.cpu_seconds - update.cpu_seconds) + update.cpu_seconds) / batch_size,
+            "computing_seconds_per_clip": (share * computing + update.cpu_seconds) / batch_size,
             "real_tokens_per_second": share * self.real_positions / seconds,
-            "utilisation": work.operations / gradients / rate,
+            "utilisation": work.operations / (computing if self.device.type == "cpu" else gradients) / rate,
             "peak_gib": cost.peak_bytes / 2**30,
             "padding_share": 1 - self.real_positions / work.computed_positions,
             "turn_seconds": cost.seconds,
@@ -294,9 +294,11 @@ def main(argv: list[str] | None = None) -> dict:
         costs = alternate(variants, args.repeats, device, args.warm_up)
         epochs = {name: run() for name, run in epochs.items()}
     update = Cost(min(trainer.updates.seconds), min(trainer.updates.cpu_seconds), 0)
-    rates = {"float32": matrix_rate(device, torch.float32)}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    rates = {"float32": matrix_rate(device, torch.float32, clock)}
     if args.precision != "no":
-        rates[args.precision] = matrix_rate(device, torch.bfloat16 if args.precision == "bf16" else torch.float16)
+        half = torch.bfloat16 if args.precision == "bf16" else torch.float16
+        rates[args.precision] = matrix_rate(device, half, clock)
     ours_rate = rates.get(args.precision, rates["float32"])
     rows = [
         trainer.row(name, medians(cost), update, rates["float32"] if name == REFERENCE else ours_rate)
