@@ -2,6 +2,8 @@
 # make test   set up, then check the code and run the tests
 # make bench  set up, then measure training and preparation on this machine's CPU; a GPU: benchmarks/gpu_all.sh
 # make docs   set up, then build the documentation as a site; a broken link is an error
+# make base   make the demo's base anew, from text to weights: two hours on two cores; needs flite, espeak-ng, a compiler
+# make claims train the demo in several ways and compare how they speak: half an hour; needs what make base leaves
 # make clean  delete the demo run, so that the next make demo begins anew
 
 PYTHON ?= python3
@@ -9,12 +11,17 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO := runs/demo
 BENCH := runs/bench
+BASE := runs/base
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs base claims clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py --config configs/demo.yaml
+	@test -d $(DEMO)/evaluation || { \
+	  echo "Speaking 20 sentences that nobody read to it, before and after, and writing down what is heard:"; \
+	  $(BIN)/python scripts/evaluate.py --run $(DEMO) --voice examples/demo_base --preview --out $(DEMO)/evaluation \
+	    --texts examples/demo_voice/unseen.txt --num_texts 20 --temperature 0.3 --asr pocketsphinx --grammar examples/demo_voice/grammar.jsgf; }
 	$(BIN)/python tests/demo_hub.py $(DEMO)
 
 test: $(INSTALLED) lint
@@ -40,6 +47,18 @@ docs: $(INSTALLED)
 	rm -rf build/docs && mkdir -p build/docs && cp -r docs mkdocs.yml build/docs
 	cd build/docs && $(CURDIR)/$(BIN)/zensical build --strict
 	@echo "The documentation is in build/docs/site/index.html."
+
+# What is finished is not done again; deleting runs/base begins anew.
+base: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[corpus]'
+	test -f $(BASE)/corpus/metadata.csv || $(BIN)/python scripts/make_base_corpus.py --output $(BASE)/corpus --overwrite
+	$(BIN)/python scripts/train_dvae.py --config configs/small_dvae.yaml --data.root $(BASE)/corpus --training.output_dir $(BASE)/dvae
+	$(BIN)/python scripts/make_demo_base.py start --corpus $(BASE)/corpus --dvae $(BASE)/dvae --output $(BASE)/start --overwrite
+	$(BIN)/python scripts/train.py --config configs/small_base.yaml
+	$(BIN)/python scripts/make_demo_base.py ship --run $(BASE)/gpt --output examples/demo_base --overwrite
+
+claims: $(INSTALLED)
+	$(BIN)/python benchmarks/claims.py --output runs/claims --voices $(BASE)/corpus
 
 clean:
 	rm -rf $(DEMO)

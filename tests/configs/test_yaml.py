@@ -34,7 +34,7 @@ def test_the_demo_needs_no_network():
     cfg = load_config(["--config", str(REPOSITORY / "configs" / "demo.yaml")], "x")
     for place in (cfg.data.root, cfg.model.base):
         assert (REPOSITORY / place).is_dir()
-    assert cfg.model.from_scratch
+    assert not cfg.model.from_scratch
 
 
 @pytest.mark.parametrize(

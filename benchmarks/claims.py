@@ -1,0 +1,168 @@
+"""What the documentation claims about training, shown on the demo: runs that differ in one setting each.
+
+    python benchmarks/claims.py --output runs/claims --voices runs/base/corpus
+
+Every run trains the demo voice for the demo's steps, on the same clips, from the same seed. Then all of them speak the
+texts the voice never read, as a preview, and are judged as scripts/evaluate.py judges: by a recogniser with the demo's
+grammar, by whether they end, by whom they sound like. Held-out losses are all measured in the same way, on the same
+clips, whatever a run was trained on. `docs/why.md` shows the table. Takes the `evaluate` extra, and about half an hour
+on two cores; runs and speech that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+VOICE = REPOSITORY / "examples" / "demo_voice"
+BASE = REPOSITORY / "examples" / "demo_base"
+CONFIG = REPOSITORY / "configs" / "demo.yaml"
+HELD_OUT = 8
+"""Every clip whose number divides by this is kept back from training."""
+TEMPERATURE = 0.3
+"""Of the codes: low, so that what a model has learnt counts more than luck."""
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "stop-padded": {"data.padding": "stop"},
+    "own-clip": {},
+    "plain": {"training.micro_batch_size": 1, "training.eval_batch_size": 1},
+    "larger steps": {"optim.learning_rate": 2e-4},
+    "from scratch": {"model.from_scratch": True, "optim.learning_rate": 1e-3},
+}
+"""What each run differs in. Padding that counts as stops, as in the reference trainer; every clip conditioned on itself
+instead of on others of its speaker; one clip at a time, without padding or grouping; four times the learning rate;
+random weights instead of the base's, at the learning rate the base was trained with."""
+
+
+def write_recordings(folder: Path, own_clip: bool) -> Path:
+    """A copy of the demo voice with fixed lists; with `own_clip` every clip has a speaker of its own.
+
+    A clip is conditioned on others of its speaker, and on itself where the speaker has no other.
+    """
+    if not (folder / "wavs").is_dir():
+        shutil.copytree(VOICE / "wavs", folder / "wavs")
+    lines = (VOICE / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    lists = {"train.txt": ["audio_file|text|speaker"], "val.txt": ["audio_file|text|speaker"]}
+    for number, line in enumerate(lines, start=1):
+        clip, _, text = line.split("|")
+        speaker = clip if own_clip else "demo"
+        lists["train.txt" if number % HELD_OUT else "val.txt"].append(f"wavs/{clip}.flac|{text}|{speaker}")
+    for name, rows in lists.items():
+        (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def flags_of(settings: dict[str, object]) -> list[str]:
+    """Settings as a command line has them."""
+    return [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+
+
+def settings_of(name: str, output: Path) -> dict[str, object]:
+    """All that a run changes in the demo's settings."""
+    own_clip = name == "own-clip"
+    root = write_recordings(output / ("recordings-alone" if own_clip else "recordings"), own_clip)
+    lists = {"data.root": str(root), "data.train_list": "train.txt", "data.eval_list": "val.txt"}
+    run = {"training.output_dir": str(output / name.replace(" ", "-")), "samples.enabled": False}
+    return {**lists, **run, **VARIANTS[name]}
+
+
+def held_out_loss(export: Path, output: Path) -> dict[str, float]:
+    """Losses of an export on the clips kept back, conditioned on other clips, padding not counted."""
+    from tortoise_hf.cli import load_config
+    from tortoise_hf.config import Config
+    from tortoise_hf.data.loader import build_batches
+    from tortoise_hf.eval_loss import evaluate
+    from tortoise_hf.machine import start_accelerator
+    from tortoise_hf.models.pretrained import load_gpt, load_mel_norms
+    from tortoise_hf.preparation import prepare_base_and_data
+
+    flags = flags_of(settings_of("as it is", output) | {"model.base": str(export)})
+    cfg = load_config(["--config", str(CONFIG), *flags], "", Config)
+    accelerator = start_accelerator(cfg.training.seed)
+    files, data = prepare_base_and_data(cfg, accelerator)
+    model = load_gpt(files, False, 0).to(accelerator.device)
+    _, batches = build_batches(cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config)
+    return evaluate(accelerator, model, batches, cfg.optim)
+
+
+def judge(exports: dict[str, Path], output: Path, voices: Path | None, num_texts: int) -> dict[str, dict]:
+    """Have all speak the unseen texts; the columns of evaluation.json by name."""
+    folder = output / "evaluation"
+    if not (folder / "evaluation.json").is_file():
+        command = [sys.executable, str(REPOSITORY / "scripts" / "evaluate.py"), "--preview", "--out", str(folder)]
+        command += ["--temperature", str(TEMPERATURE)]
+        command += ["--data", str(VOICE), "--texts", str(VOICE / "unseen.txt"), "--num_texts", str(num_texts)]
+        command += ["--asr", "pocketsphinx", "--grammar", str(VOICE / "grammar.jsgf")]
+        command += [] if voices is None else ["--voices", str(voices)]
+        for export in exports.values():
+            command += ["--voice", str(export)]
+        subprocess.run(command, check=True)
+    columns = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["columns"]
+    return {column["name"]: column for column in columns}
+
+
+def percent(value: float | None) -> str:
+    """A share as the table has it."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown, one line per run."""
+    lines = [
+        "| | held-out mel loss | words wrong | end | length as expected | judged the demo voice |",
+        "|---" * 6 + "|",
+    ]
+    for name, row in rows.items():
+        loss = "" if row["mel_loss"] is None else f"{row['mel_loss']:.3f}"
+        cells = [
+            name,
+            loss,
+            *(percent(row[key]) for key in ("wer", "ended", "as_long_as_expected", "judged_the_voice")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Train what isn't trained yet, judge all, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--voices", type=Path, help="recordings of other voices, to tell the demo voice from")
+    parser.add_argument("--num_texts", type=int, default=100, help="texts every run speaks (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args = parser.parse_args(argv)
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+
+    exports = {"the base": BASE}
+    for name in VARIANTS:
+        settings = settings_of(name, output)
+        command = [sys.executable, str(REPOSITORY / "scripts" / "train.py"), "--config", str(CONFIG)]
+        subprocess.run([*command, *flags_of(settings)], check=True, cwd=REPOSITORY)
+        exports[name] = Path(str(settings["training.output_dir"])) / "export"
+    columns = judge(exports, output, args.voices, args.num_texts)
+    rows = {}
+    for name, export in {"recordings": None, "resynthesised": None, **exports}.items():
+        column = columns[name if export is None else export.name if export == BASE else export.parent.name]
+        words, speaker = column["words"], column["speaker"]
+        rows[name] = {
+            "mel_loss": None if export is None else held_out_loss(export, output)["eval_mel_loss"],
+            "wer": words and words["wer"],
+            "ended": column["ended"],
+            "as_long_as_expected": column["as_long_as_expected"],
+            "judged_the_voice": speaker and speaker["nearest_is_target"],
+        }
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
