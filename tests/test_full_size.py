@@ -30,7 +30,8 @@ MEMORY_ALLOWED = 20 * GIB  # of the 24 GB a machine shall need
 
 # Prints the process's largest memory use when the script is through.
 MEASURED = """
-import atexit, resource, runpy, sys
+import atexit, os, resource, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))  # as Python does for a script
 atexit.register(lambda: print("peak KiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
