@@ -32,12 +32,17 @@ VARIANTS: dict[str, dict[str, object]] = {
     "stop-padded": {"data.padding": "stop"},
     "own-clip": {},
     "plain": {"training.micro_batch_size": 1, "training.eval_batch_size": 1},
+    "shared conditioning": {"data.conditioning_group": 8},
     "larger steps": {"optim.learning_rate": 2e-4},
     "from scratch": {"model.from_scratch": True, "optim.learning_rate": 1e-3},
 }
 """What each run differs in. Padding that counts as stops, as in the reference trainer; every clip conditioned on itself
-instead of on others of its speaker; one clip at a time, without padding or grouping; four times the learning rate;
-random weights instead of the base's, at the learning rate the base was trained with."""
+instead of on others of its speaker; one clip at a time, without padding or grouping; eight clips of a step hearing the
+same conditioning; four times the learning rate; random weights instead of the base's, at the learning rate the base was
+trained with."""
+
+JUDGED = ("wer", "ended", "as_long_as_expected", "judged_the_voice")
+"""What is judged of speech: shares of the words that are wrong, and of the texts."""
 
 
 def write_recordings(folder: Path, own_clip: bool) -> Path:
@@ -63,13 +68,14 @@ def flags_of(settings: dict[str, object]) -> list[str]:
     return [part for key, value in settings.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
 
 
-def settings_of(name: str, output: Path) -> dict[str, object]:
-    """All that a run changes in the demo's settings."""
+def settings_of(name: str, output: Path, max_steps: int | None = None) -> dict[str, object]:
+    """All that a run changes in the demo's settings; `max_steps` None: the demo's."""
     own_clip = name == "own-clip"
     root = write_recordings(output / ("recordings-alone" if own_clip else "recordings"), own_clip)
     lists = {"data.root": str(root), "data.train_list": "train.txt", "data.eval_list": "val.txt"}
     run = {"training.output_dir": str(output / name.replace(" ", "-")), "samples.enabled": False}
-    return {**lists, **run, **VARIANTS[name]}
+    length = {} if max_steps is None else {"training.max_steps": max_steps}
+    return {**lists, **run, **length, **VARIANTS[name]}
 
 
 def held_out_loss(export: Path, output: Path) -> dict[str, float]:
@@ -120,11 +126,7 @@ def table(rows: dict[str, dict]) -> str:
     ]
     for name, row in rows.items():
         loss = "" if row["mel_loss"] is None else f"{row['mel_loss']:.3f}"
-        cells = [
-            name,
-            loss,
-            *(percent(row[key]) for key in ("wer", "ended", "as_long_as_expected", "judged_the_voice")),
-        ]
+        cells = [name, loss, *(percent(row[key]) for key in JUDGED)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -134,30 +136,44 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--voices", type=Path, help="recordings of other voices, to tell the demo voice from")
-    parser.add_argument("--num_texts", type=int, default=100, help="texts every run speaks (default: %(default)s)")
+    parser.add_argument(
+        "--num_texts", type=int, default=100, help="texts every run speaks (default: %(default)s); 0: losses only"
+    )
+    parser.add_argument(
+        "--runs", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="some of them instead of all"
+    )
+    parser.add_argument("--max_steps", type=int, help="optimizer steps (the demo's)")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
 
     exports = {"the base": BASE}
-    for name in VARIANTS:
-        settings = settings_of(name, output)
+    for name in args.runs:
+        settings = settings_of(name, output, args.max_steps)
         command = [sys.executable, str(REPOSITORY / "scripts" / "train.py"), "--config", str(CONFIG)]
         subprocess.run([*command, *flags_of(settings)], check=True, cwd=REPOSITORY)
         exports[name] = Path(str(settings["training.output_dir"])) / "export"
-    columns = judge(exports, output, args.voices, args.num_texts)
-    rows = {}
-    for name, export in {"recordings": None, "resynthesised": None, **exports}.items():
-        column = columns[name if export is None else export.name if export == BASE else export.parent.name]
-        words, speaker = column["words"], column["speaker"]
-        rows[name] = {
-            "mel_loss": None if export is None else held_out_loss(export, output)["eval_mel_loss"],
-            "wer": words and words["wer"],
-            "ended": column["ended"],
-            "as_long_as_expected": column["as_long_as_expected"],
-            "judged_the_voice": speaker and speaker["nearest_is_target"],
+    rows = {
+        name: {"mel_loss": held_out_loss(export, output)["eval_mel_loss"]} | dict.fromkeys(JUDGED)
+        for name, export in exports.items()
+    }
+    if args.num_texts:
+        columns = judge(exports, output, args.voices, args.num_texts)
+        heard = {
+            name: columns[export.name if export == BASE else export.parent.name] for name, export in exports.items()
         }
+        rows = {name: {"mel_loss": None} for name in ("recordings", "resynthesised")} | rows
+        for name, row in rows.items():
+            column = heard.get(name) or columns[name]
+            words, speaker = column["words"], column["speaker"]
+            judged = (
+                words and words["wer"],
+                column["ended"],
+                column["as_long_as_expected"],
+                speaker and speaker["nearest_is_target"],
+            )
+            row |= dict(zip(JUDGED, judged, strict=True))
     print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
