@@ -125,7 +125,10 @@ def push_alone(run_dir: Path) -> tuple[float, float]:
     (staging / "step.json").write_text(json.dumps({"step": STEPS, "lineage": ["random weights"]}))
     before = child_seconds()
     command = [sys.executable, "-m", "tortoise_hf.hub.worker", str(run_dir), str(staging)]
-    subprocess.run(command, stdin=subprocess.PIPE, check=True)
+    # Its input stays open: the end of it means that the run is gone.
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:
+        if worker.wait():
+            sys.exit("The push alone failed.")
     return sum(path.stat().st_size for path in (staging / "voice").rglob("*")), child_seconds() - before
 
 
