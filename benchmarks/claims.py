@@ -12,6 +12,7 @@ on two cores; runs and speech that are there already are not made again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ BASE = REPOSITORY / "examples" / "demo_base"
 CONFIG = REPOSITORY / "configs" / "demo.yaml"
 HELD_OUT = 8
 """Every clip whose number divides by this is kept back from training."""
+NUM_VOICES = 24
+"""Speakers of the base's corpus that the demo voice is told from, of all kinds alike."""
 TEMPERATURE = 0.3
 """Of the codes: low, so that what a model has learnt counts more than luck."""
 
@@ -60,6 +63,22 @@ def write_recordings(folder: Path, own_clip: bool) -> Path:
         lists["train.txt" if number % HELD_OUT else "val.txt"].append(f"wavs/{clip}.flac|{text}|{speaker}")
     for name, rows in lists.items():
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_voices(corpus: Path, folder: Path) -> Path:
+    """A list of some speakers of the base's corpus, beside its recordings."""
+    header, *lines = (corpus / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    kinds: dict[str, list[str]] = {}
+    for speaker in sorted({line.rsplit("|", 1)[1] for line in lines}):
+        kinds.setdefault(speaker.rsplit("-", 1)[0], []).append(speaker)
+    taking_turns = (speaker for each in itertools.zip_longest(*kinds.values()) for speaker in each if speaker)
+    chosen = set(itertools.islice(taking_turns, NUM_VOICES))
+    folder.mkdir(exist_ok=True)
+    if not (folder / "wavs").exists():
+        (folder / "wavs").symlink_to((corpus / "wavs").resolve())
+    kept = [header, *(line for line in lines if line.rsplit("|", 1)[1] in chosen)]
+    (folder / "metadata.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")
     return folder
 
 
@@ -105,7 +124,7 @@ def judge(exports: dict[str, Path], output: Path, voices: Path | None, num_texts
         command += ["--temperature", str(TEMPERATURE)]
         command += ["--data", str(VOICE), "--texts", str(VOICE / "unseen.txt"), "--num_texts", str(num_texts)]
         command += ["--asr", "pocketsphinx", "--grammar", str(VOICE / "grammar.jsgf")]
-        command += [] if voices is None else ["--voices", str(voices)]
+        command += [] if voices is None else ["--voices", str(write_voices(voices, output / "voices"))]
         for export in exports.values():
             command += ["--voice", str(export)]
         subprocess.run(command, check=True)
@@ -135,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Train what isn't trained yet, judge all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--voices", type=Path, help="recordings of other voices, to tell the demo voice from")
+    parser.add_argument("--voices", type=Path, help="the base's corpus, to tell the demo voice from others")
     parser.add_argument(
         "--num_texts", type=int, default=100, help="texts every run speaks (default: %(default)s); 0: losses only"
     )
