@@ -47,7 +47,9 @@ def start_accelerator(seed: int) -> Accelerator:
     disable_progress_bar()  # of weights loading and saving: two lines per checkpoint
     _end_with_launcher()
     _refuse_engines()
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)])
+    # Apple's GPUs know no float64, which losses and counts are summed in.
+    cpu = torch.backends.mps.is_available()
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)])
     _check_sharding(accelerator)
     set_seed(seed, device_specific=True)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -131,4 +133,6 @@ def describe(accelerator: Accelerator) -> str:
     line = f"Machine: {processes} on {name}, mixed precision {accelerator.mixed_precision}."
     if accelerator.mixed_precision == "fp16" and device.type == "cpu":
         line += "\nWarning: fp16 needs a GPU; on a CPU this run computes in float32, without a gradient scaler."
+    if torch.backends.mps.is_available():
+        line += "\nApple's GPU is not used: it has no float64, in which losses are summed."
     return line
