@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--consent", help="whose voice it is and that they agree, for the card")
     parser.add_argument("--revision", help="branch (main)")
     parser.add_argument("--license", help="licence for the card (apache-2.0)")
+    parser.add_argument(
+        "--adapter_only",
+        action=argparse.BooleanOptionalAction,
+        help="push a LoRA run's adapter without whole weights (as in the run's settings)",
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository that everybody can read")
     args = parser.parse_args(argv)
     run(lambda: push(args))
@@ -33,7 +38,7 @@ def push(args: argparse.Namespace) -> None:
     """Torch loads only here, so `--help` answers at once."""
     from tortoise_hf.hub.publish import push_run
 
-    changes = {name: getattr(args, name) for name in ("repo_id", "consent", "revision", "license")}
+    changes = {name: getattr(args, name) for name in ("repo_id", "consent", "revision", "license", "adapter_only")}
     pushed = push_run(args.run, changes | {"private": False if args.public else None})
     print(f"{'Pushed' if pushed.changed else 'Already up to date'}: {pushed.url} (commit {pushed.commit})")
     print(f"Pull it anywhere: python scripts/pull.py {pushed.repo_id}")

@@ -25,8 +25,9 @@ from tortoise_hf.hub.publish import HUB_DIR
 from tortoise_hf.hub.pull import pull_voice
 from tortoise_hf.hub.voice_folder import link_file
 from tortoise_hf.hub.worker import push_checkpoint
-from tortoise_hf.lora import adapter_names, add_adapter, load_trained, merge_adapter, num_weights, save_adapter
+from tortoise_hf.lora import adapter_names, add_adapter, merge_adapter, num_weights, save_adapter
 from tortoise_hf.models.gpt import TortoiseGPT
+from tortoise_hf.models.pretrained import load_trained
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
 from tortoise_hf.run import open_run
 

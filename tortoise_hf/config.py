@@ -377,6 +377,9 @@ class HubConfig:
     push: Literal["end", "best", "checkpoint", "every_eval"] = "end"
     """When, besides the end of the run: never, at every new best evaluation, at every checkpoint, or at every
     evaluation (which then saves a checkpoint). Pushes run in the background."""
+    adapter_only: bool = False
+    """Push a LoRA run's adapter alone (tens of MB) instead of whole weights; whoever pulls it fetches its base as well,
+    so that must be released or a voice on the Hub."""
     private: bool = True
     """Whether a new repository is only for its owner."""
     revision: str | None = None
@@ -424,6 +427,11 @@ class Config:
             self.lora.rank == 0 or not self.model.from_scratch,
             "model.from_scratch is true and lora.rank above 0, but an adapter of random weights would teach nobody to "
             "speak; set one of them back",
+        )
+        _require(
+            self.lora.rank > 0 or not self.hub.adapter_only,
+            "hub.adapter_only is true, but lora.rank is 0, so all weights are trained and there is no adapter to push; "
+            "set a rank, 16 for instance, or set hub.adapter_only to false",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tortoise_hf.adapter_files import copy_adapter
 from tortoise_hf.errors import UserError
-from tortoise_hf.lora import copy_adapter
 from tortoise_hf.models.checkpoint_formats import (
     check_weights,
     fits_tortoise,
@@ -315,10 +315,10 @@ def _marker(report: ExportReport, layout: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_companions(folder: Path, files: BaseFiles) -> None:
-    """Write what lies beside the weights: tokenizer, mel norms, and the DVAE if it isn't the released one."""
+    """Write what lies beside the weights: tokenizer, mel norms, and the DVAE if there is one but the released."""
     shutil.copyfile(files.tokenizer, folder / "tokenizer.json")
     save_file({"mel_norms": load_mel_norms(files).float().contiguous()}, folder / "mel_norms.safetensors")
-    if not files.dvae_is_released:
+    if files.dvae_weights is not None and not files.dvae_is_released:
         load_dvae(files).save_pretrained(folder / "dvae")
 
 

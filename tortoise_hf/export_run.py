@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tortoise_hf.adapter_files import is_adapter
 from tortoise_hf.checkpoint import complete_checkpoints, find_damage
 from tortoise_hf.config import ModelConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
-from tortoise_hf.lora import is_adapter, load_trained
-from tortoise_hf.models.pretrained import load_base_weights, resolve_base
+from tortoise_hf.models.pretrained import load_base_weights, load_trained, resolve_base
 from tortoise_hf.places import absolute_settings
 from tortoise_hf.run import RUN_FILE, export_summary
 

@@ -7,7 +7,7 @@ The library `peft` puts them in; `TortoiseGPT` stays what it is, with wider laye
 from __future__ import annotations
 
 import hashlib
-import shutil
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,29 +17,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import initialization
 
+from tortoise_hf.adapter_files import (
+    BASE,
+    TARGETS,
+    WEIGHTS,
+    AdapterConfig,
+    check_adapter_weights,
+    read_adapter_config,
+)
 from tortoise_hf.config import LoraConfig
 from tortoise_hf.errors import UserError
-from tortoise_hf.models.pretrained import BaseFiles, load_gpt
+from tortoise_hf.models.released import file_sha256
 
 if TYPE_CHECKING:
-    from tortoise_hf.models.gpt import TortoiseGPT
+    import peft
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-"""PEFT's names."""
-ADAPTER_FILES = (WEIGHTS, CONFIG)
-ADAPTER_DIR = "adapter"
-"""Folder in an export. Beside config.json, transformers would take the whole export for an adapter."""
-BASE = "base_sha256"
-"""Where the weights' file names the weights that it belongs to, see `fingerprint`."""
-TARGETS: dict[str, tuple[str, ...]] = {
-    "gpt": ("c_attn", "c_proj", "c_fc"),
-    "conditioning_encoder": ("conditioning_encoder.init", "qkv", "proj_out"),
-    "embeddings": ("text_embedding", "mel_embedding", "text_pos_embedding.emb", "mel_pos_embedding.emb"),
-    "heads": ("text_head", "mel_head"),
-}
-"""Layers that get an adapter, by the ends of their names: the GPT's always, the others where they are asked for."""
+    from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
+
 _PREFIX = "base_model.model."  # of names in PEFT's files
 _NAME = ".default"  # of the only adapter, in names of parameters
 
@@ -52,7 +48,7 @@ def add_adapter(model: TortoiseGPT, cfg: LoraConfig, seed: int) -> None:
         cfg: of rank 1 or more.
         seed: of the matrices that don't begin as zeros; random numbers are left as they were.
     """
-    model.adapter_base = fingerprint(model.state_dict())
+    model.adapter_base = fingerprint(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widen(model, cfg)
@@ -60,12 +56,19 @@ def add_adapter(model: TortoiseGPT, cfg: LoraConfig, seed: int) -> None:
 
 def widen(model: TortoiseGPT, cfg: LoraConfig) -> None:
     """Freeze a model's weights and put fresh matrices beside them, on whatever device they are."""
+    chosen = [name for part, names in TARGETS.items() if part == "gpt" or getattr(cfg, part) for name in names]
+    _inject(model, _peft_config(cfg.rank, cfg.alpha, cfg.dropout, chosen))
+
+
+def _peft_config(rank: int, alpha: float, dropout: float, targets: list[str]) -> peft.LoraConfig:
     import peft
 
-    chosen = [name for part, names in TARGETS.items() if part == "gpt" or getattr(cfg, part) for name in names]
-    values = peft.LoraConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=chosen, fan_in_fan_out=True
-    )
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, fan_in_fan_out=True)
+
+
+def _inject(model: TortoiseGPT, values: peft.LoraConfig) -> None:
+    import peft
+
     with _expected_warnings():
         peft.inject_adapter_in_model(values, model)
 
@@ -87,13 +90,32 @@ def adapter_names(model: torch.nn.Module) -> dict[str, str]:
     return {name: _PREFIX + name.replace(_NAME, "") for name, value in model.named_parameters() if value.requires_grad}
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """Sha256 of a model's weights, whatever file they came from."""
-    digest = hashlib.sha256()
+def fingerprint(model: TortoiseGPT) -> str:
+    """Sha256 that stands for a model's weights, whatever file they came from.
+
+    Of weights that an adapter was merged into, it is that of what was merged (`merged_fingerprint`): every processor
+    rounds such sums in its own way.
+    """
+    merged_from = getattr(model, "merged_from", None)
+    if merged_from is not None:
+        return merged_from
+    digest, weights = hashlib.sha256(), model.state_dict()
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].detach().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def merged_fingerprint(folder: Path, *more: str) -> str:
+    """Sha256 that stands for an adapter merged into its base, which the adapter's file names by its own fingerprint.
+
+    Args:
+        folder: of the adapter.
+        more: whatever else the weights were made from.
+    """
+    config = read_adapter_config(folder)
+    parts = [file_sha256(folder / WEIGHTS), config.rank, config.alpha, *more]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def save_adapter(model: TortoiseGPT, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
@@ -117,7 +139,8 @@ def read_adapter(model: TortoiseGPT, folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: if the file belongs to other weights, or to another adapter.
     """
-    _check_base(folder, model.adapter_base)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        _check_base(folder, (file.metadata() or {}).get(BASE, ""), model.adapter_base)
     found, names = load_file(folder / WEIGHTS), adapter_names(model)
     if found.keys() != set(names.values()):
         raise UserError(
@@ -127,53 +150,66 @@ def read_adapter(model: TortoiseGPT, folder: Path) -> dict[str, torch.Tensor]:
     return {name: found[stored] for name, stored in names.items()}
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter in place of a model's weights."""
-    return (folder / WEIGHTS).is_file()
+def check_adapter(folder: Path, sizes: GPTConfig, name: str | None = None) -> tuple[AdapterConfig, str]:
+    """See that an adapter's files are those of a GPT of these sizes; no tensor is read.
 
+    Args:
+        folder: of the adapter.
+        sizes: of the GPT.
+        name: of the folder, for messages; default: its path.
 
-def load_trained(checkpoint: Path, files: BaseFiles) -> TortoiseGPT:
-    """The whole model of a checkpoint in float32 on the CPU; an adapter is merged into the base that it was trained on.
+    Returns: its config, and the fingerprint of the weights that it belongs to.
 
     Raises:
-        UserError: if an adapter belongs to other weights than the base's, or these can't be read.
+        UserError: what is wrong or unexpected.
     """
     from tortoise_hf.models.gpt import TortoiseGPT
 
-    if not is_adapter(checkpoint):
-        return TortoiseGPT.from_pretrained(checkpoint, dtype=torch.float32)
-    return merge_adapter(load_gpt(files), checkpoint)
+    config = read_adapter_config(folder, name)
+    with torch.device("meta"), initialization.no_init_weights():
+        model = TortoiseGPT(sizes)
+    _inject(model, _peft_config(config.rank, config.alpha, 0.0, list(config.targets)))
+    names, values = adapter_names(model), dict(model.named_parameters())
+    expected = {stored: tuple(values[name].shape) for name, stored in names.items()}
+    return config, check_adapter_weights(folder, expected, name)
 
 
-def merge_adapter(model: TortoiseGPT, folder: Path) -> TortoiseGPT:
+def merge_adapter(model: TortoiseGPT, folder: Path, base: str | None = None) -> TortoiseGPT:
     """The same model with an adapter's changes added to its weights, and no adapter left.
 
+    Args:
+        model: what the adapter was trained on, in float32 on the CPU.
+        folder: of the adapter.
+        base: name of the place that the adapter says its base is at; None for an adapter of a run's own.
+
     Raises:
-        UserError: if the adapter belongs to other weights.
+        UserError: if the adapter belongs to other weights, or isn't one of this program's.
     """
     import peft
 
-    _check_base(folder, fingerprint(model.state_dict()))
-    with _expected_warnings():
-        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)
+    config, belongs_to = check_adapter(folder, model.config)
+    _check_base(folder, belongs_to, fingerprint(model), base)
+    values = _peft_config(config.rank, config.alpha, 0.0, list(config.targets))
+    with _expected_warnings(), torch.random.fork_rng(devices=[]):
+        adapted = peft.PeftModel.from_pretrained(model, folder, config=values, torch_device="cpu")
+        merged = adapted.merge_and_unload().requires_grad_(True)
+    merged.merged_from = None
+    return merged
 
 
-def copy_adapter(source: Path, export: Path) -> None:
-    """Put an adapter's two files into an export, readable for everybody the export is."""
-    (export / ADAPTER_DIR).mkdir()
-    for name in ADAPTER_FILES:
-        shutil.copyfile(source / name, export / ADAPTER_DIR / name)
-
-
-def _check_base(folder: Path, base: str) -> None:
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        trained_on = (file.metadata() or {}).get(BASE)
-    if trained_on != base:
+def _check_base(folder: Path, trained_on: str, found: str, base: str | None = None) -> None:
+    if trained_on == found:
+        return
+    figures = f"(sha256 {trained_on[:12]}, now {found[:12]})"
+    if base is not None:
         raise UserError(
-            f"{folder / WEIGHTS} was trained on other weights than those that model.base names now (sha256 "
-            f"{str(trained_on)[:12]}, now {base[:12]}); an adapter is of no use without them. Bring them back, or name "
-            "another training.output_dir."
+            f"{folder / WEIGHTS} was trained on other weights than those of {base} {figures}, so both together are no "
+            "voice; ask its maker for the base, or take another revision of the adapter."
         )
+    raise UserError(
+        f"{folder / WEIGHTS} was trained on other weights than those that model.base names now {figures}; an adapter "
+        "is of no use without them. Bring them back, or name another training.output_dir."
+    )
 
 
 @contextmanager

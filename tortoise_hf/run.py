@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import TrainerCallback, TrainerState
 
+from tortoise_hf.adapter_files import is_adapter
 from tortoise_hf.checkpoint import (
     Checkpoint,
     find_damage,
@@ -32,8 +33,7 @@ from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import ExportReport, export_model
 from tortoise_hf.faults import LOCK_NAME, lock_folder
-from tortoise_hf.lora import is_adapter, load_trained
-from tortoise_hf.models.pretrained import BaseFiles, load_base_weights
+from tortoise_hf.models.pretrained import BaseFiles, load_base_weights, load_trained
 from tortoise_hf.places import absolute_settings, public_settings
 
 if TYPE_CHECKING:

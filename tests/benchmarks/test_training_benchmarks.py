@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -173,3 +174,23 @@ def test_end_to_end(benchmark, tmp_path, tiny_base, tiny_voice, monkeypatch):
     assert reference["computing_seconds"] > packages["computing_seconds"] > 0
     assert ours["times_reference"] == pytest.approx(reference["seconds"] / ours["seconds"])
     assert not (tmp_path / "untouched").exists()
+
+
+def test_small_cards(benchmark, tmp_path):
+    arguments = ["--recipes", "lora", "t4", "--size", "tiny", "--micro_batches", "1", "--device", "cpu"]
+    result = benchmark("small_cards").main([*arguments, "--json", str(tmp_path / "numbers.json")])
+    assert json.loads((tmp_path / "numbers.json").read_text()) == result
+    lora, full = result["rows"]
+    assert (lora["recipe"], lora["mixed_precision"], lora["clips_at_once"], lora["fits"]) == ("lora", "fp16", 2, True)
+    assert (full["recipe"], full["clips_at_once"], full["optimizer"]) == ("t4", 16, "adamw")
+    assert lora["trained"] < full["trained"]
+    assert lora["positions"] == full["positions"] == 455  # of a clip of 11.6 s with 200 text ids
+    assert lora["peak_gib"] > lora["computed_gib"] > 0
+
+
+def test_all_rows_of_a_gpu_fit_into_nine_minutes():
+    seconds = re.findall(
+        r"^    row (\d+) \w+ (\w+\.py)", (REPOSITORY / "benchmarks/gpu_all.sh").read_text(), re.MULTILINE
+    )
+    assert sum(int(share) for share, _ in seconds) <= 540
+    assert {script for _, script in seconds} > {"train_step.py", "small_cards.py", "prepare.py"}

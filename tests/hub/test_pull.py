@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save
 
 from tortoise_hf.errors import UserError
 from tortoise_hf.hub import pull_voice
-from tortoise_hf.hub.pull import copy_voice, is_safe_name
+from tortoise_hf.hub.local_copy import copy_voice
+from tortoise_hf.hub.pull import is_safe_name
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import load_gpt, resolve_base
 

@@ -80,6 +80,46 @@ def test_from_clips_to_a_pulled_voice_and_its_child(hub, call, tiny_base, tiny_v
     assert f"me/voice@{commit}, which started from random weights" in card.text
 
 
+def test_an_adapter_goes_alone_and_its_base_is_found_again(hub, call, tiny_base, tiny_voice, tmp_path):
+    """While training and at the end; then pulled, heard, and trained on, as somebody else would."""
+    data = tiny_voice(8)
+    flags = tiny_run(tiny_base, data, tmp_path, name="base", training__max_steps=1)
+    call("train", *hub_flags(flags, repo_id="me/base", consent=CONSENT))
+    base = hub.repository("me/base").branches["main"]
+    settings = {"model__from_scratch": "false", "lora__rank": 2, "training__save_steps": 2}
+    to_hub = {"repo_id": "me/voice", "consent": CONSENT, "adapter_only": "true"}
+    alone = call(
+        "train", *hub_flags(tiny_run(tmp_path / "base" / "export", data, tmp_path, **settings), **to_hub), code=1
+    )
+    assert "is on this machine alone" in alone
+    assert not (tmp_path / "run").exists()
+    flags = tiny_run("me/base", data, tmp_path, **settings)
+    call("train", *hub_flags(flags, **to_hub, push="checkpoint"))
+    repository = hub.repository("me/voice")
+    assert len(repository.titles()) >= 2
+    for commit, _ in repository.history["main"][1:]:  # every state was a voice, and none of them whole
+        files = repository.snapshots[commit]
+        assert "model.safetensors" not in files
+        assert not any(name.endswith(".pth") for name in files)
+        assert {"adapter_model.safetensors", "latents.safetensors", "tokenizer.json"} < set(files)
+        assert json.loads(files["adapter_config.json"])["revision"] == base
+    best = json.loads(repository.files()["export.json"])["step"]
+    checkpoint = tmp_path / "run" / f"checkpoint-{best}"
+    assert repository.files()["adapter_model.safetensors"] == (checkpoint / "adapter_model.safetensors").read_bytes()
+    shown = call("pull", "me/voice", tmp_path / "copy")
+    assert f"It is an adapter to me/base@{base}, which is here as well" in shown
+    whole = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == whole
+    call("speak", "Hello.", "--voice", "me/voice", "--preview", "--max_codes", 5, "--out", tmp_path / "hello.wav")
+    assert (tmp_path / "hello.wav").stat().st_size > 1000
+    # The start of the next one, which is pushed whole.
+    flags = tiny_run("me/voice", data, tmp_path, name="child", model__from_scratch="false", training__max_steps=1)
+    call("train", *hub_flags(flags, repo_id="me/child", consent=CONSENT))
+    card = ModelCard(hub.repository("me/child").files()["README.md"].decode())
+    assert card.data.to_dict()["base_model"] == "me/voice"
+    assert f"which started from me/base@{base}, which started from random weights" in card.text
+
+
 @pytest.mark.parametrize("push", ["best", "checkpoint", "every_eval"])
 def test_pushes_while_training(hub, call, tiny_base, tiny_voice, tmp_path, push):
     settings = {"training__max_steps": 6, "training__save_steps": 3, "training__eval_steps": 2}

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from tortoise_hf.lora import WEIGHTS as ADAPTER
+from tortoise_hf.adapter_files import WEIGHTS as ADAPTER
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.sample_folder import load_samples, spoken_steps
 

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from tortoise_hf.adapter_files import ADAPTER_FILES, is_adapter
 from tortoise_hf.checkpoint import MANIFEST
 from tortoise_hf.config import Config, HubConfig
 from tortoise_hf.export import write_companions
 from tortoise_hf.hub.checkpoints import stage_checkpoints
 from tortoise_hf.hub.publish import HUB_DIR
 from tortoise_hf.hub.voice_folder import link_file
-from tortoise_hf.lora import ADAPTER_FILES, is_adapter
 from tortoise_hf.models.pretrained import BaseFiles
 
 NICENESS = 19
@@ -39,9 +39,10 @@ def held_by_pushes(hub: HubConfig) -> tuple[int, int]:
     """(files of weights, checkpoints) that pushes keep from being deleted at most, for `check_space`.
 
     One push is in flight and one waits. A voice in flight is the weights twice, as safetensors and in the published
-    layout; one that waits is only the former. Checkpoints that are pushed are the newest and the best.
+    layout; one that waits is only the former. An adapter alone takes next to nothing. Checkpoints that are pushed are
+    the newest and the best.
     """
-    voices = hub.repo_id is not None and hub.push != "end"
+    voices = hub.repo_id is not None and hub.push != "end" and not hub.adapter_only
     return (3 if voices else 0, 4 if hub.checkpoint_repo_id is not None else 0)
 
 

@@ -28,12 +28,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """What a card says of an adapter that was pushed without the weights it belongs to."""
+
+    rank: int
+    num_bytes: int
+    base: str
+    """Repository of these weights."""
+    revision: str | None
+    """Commit there; None for the released weights."""
+    base_sha256: str
+    """Their fingerprint, see `lora.fingerprint`."""
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What a card says."""
 
     repo_id: str
     step: int
     weights_file: str
+    """In TorToiSe's layout; of an adapter, what pulling it into a folder makes of it."""
     consent: str
     license: str
     language: str
@@ -55,12 +70,17 @@ class CardFacts:
     for_tortoise: bool = True
     """Whether the GPT has the released sizes, which TorToiSe's programs and the models behind the GPT take."""
     samples: Sequence[Sample] = field(default_factory=tuple)
+    adapter: AdapterFacts | None = None
+    """None where the weights are whole."""
 
 
 def make_card(facts: CardFacts) -> ModelCard:
     """The card, with metadata the Hub understands."""
     name = facts.repo_id.split("/")[-1]
     bases = [origin.split("@")[0] for origin in facts.lineage if "/" in origin and " " not in origin]
+    relation = "finetune"
+    if facts.adapter is not None:
+        bases, relation = [facts.adapter.base], "adapter"
     widget = [{"text": sample.text, "output": {"url": sample.tuned}} for sample in facts.samples]
     data = ModelCardData(
         language=facts.language,
@@ -69,10 +89,10 @@ def make_card(facts: CardFacts) -> ModelCard:
         pipeline_tag="text-to-speech",
         base_model=bases[0] if bases else None,
         datasets=[facts.dataset] if facts.dataset else None,
-        tags=list(TAGS),
+        tags=[*TAGS, *(("lora", "peft") if facts.adapter else ())],
         model_name=name,
         eval_results=_eval_results(facts) or None,
-        **({"base_model_relation": "finetune"} if bases else {}),
+        **({"base_model_relation": relation} if bases else {}),
         **({"widget": widget} if widget else {}),
     )
     values = {key: getattr(facts, key) for key in CardFacts.__dataclass_fields__}

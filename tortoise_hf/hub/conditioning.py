@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import soundfile
@@ -70,13 +70,14 @@ def write_clips(cfg: DataConfig, clip_ids: Iterable[str], run_dir: Path) -> None
     staging.rename(folder)
 
 
-def write_latents(voice: Path, weights_dir: str | Path | None = None) -> None:
+def write_latents(voice: Path, gpt: Callable[[], TortoiseGPT], weights_dir: str | Path | None = None) -> None:
     """Store what a voice's own GPT hears in its clips, and the diffusion model where it is on this machine.
 
-    Latents that lie there are left alone. Only the weights that listen are read.
+    Latents that lie there are left alone.
 
     Args:
-        voice: folder with `config.json`, `model.safetensors`, `mel_norms.safetensors` and clips in `conditioning/`.
+        voice: folder with `mel_norms.safetensors` and clips in `conditioning/`.
+        gpt: gives the voice's GPT; called if it is needed.
         weights_dir: folder with the released files; else the Hub's cache is looked into. Nothing is fetched.
 
     Raises:
@@ -85,13 +86,22 @@ def write_latents(voice: Path, weights_dir: str | Path | None = None) -> None:
     clips = sorted((voice / CLIPS_FOLDER).glob("*.wav"))
     if not clips or (voice / LATENTS_NAME).exists():
         return
-    config = GPTConfig.from_pretrained(voice)
-    with torch.device("meta"):
-        gpt = TortoiseGPT(config)
-    gpt.load_state_dict(load_file(voice / "model.safetensors"), strict=True, assign=True)
-    heard = gpt_latent(clips, gpt.eval(), load_mel_norms(voice / "mel_norms.safetensors"))
-    latents = VoiceLatents(heard, _heard_by_diffusion(clips, config.hidden_size, weights_dir))
+    model = gpt().eval()
+    heard = gpt_latent(clips, model, load_mel_norms(voice / "mel_norms.safetensors"))
+    latents = VoiceLatents(heard, _heard_by_diffusion(clips, model.config.hidden_size, weights_dir))
     save_latents(latents, voice / LATENTS_NAME)
+
+
+def map_gpt(voice: Path) -> TortoiseGPT:
+    """A voice's GPT with its weights mapped from the file, so that only those that listen are read.
+
+    Args:
+        voice: folder with `config.json` and `model.safetensors`.
+    """
+    with torch.device("meta"):
+        gpt = TortoiseGPT(GPTConfig.from_pretrained(voice))
+    gpt.load_state_dict(load_file(voice / "model.safetensors"), strict=True, assign=True)
+    return gpt
 
 
 def _heard_by_diffusion(clips: Sequence[Path], width: int, weights_dir: str | Path | None) -> torch.Tensor | None:

@@ -15,11 +15,13 @@ from tortoise_hf.distributed import raise_together
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import is_export
 from tortoise_hf.export_run import export_run
+from tortoise_hf.hub.adapter_only import check_shareable_base
 from tortoise_hf.hub.client import ATTEMPTS, VOICE_MARKER, check_access, require_consent
 from tortoise_hf.hub.conditioning import write_clips
 from tortoise_hf.hub.push import Pushed, push_folder
 from tortoise_hf.hub.voice_folder import assemble_voice, hub_settings
 from tortoise_hf.latents import CLIPS_FOLDER
+from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.places import absolute_settings, local_paths
 from tortoise_hf.run import CLIPS_FILE, EXPORT_DIR, RUN_FILE
 
@@ -62,6 +64,8 @@ def push_run(
     if hub.repo_id is None:
         raise UserError(f"{run_dir} names no repository; give one, for instance --repo_id you/your-voice.")
     require_consent(hub)
+    if hub.adapter_only:
+        check_shareable_base(settings["model"]["base"])  # before an export is made
     export_dir = run_dir / EXPORT_DIR
     if not is_export(export_dir):
         export_dir = run_dir / HUB_DIR / EXPORT_DIR
@@ -83,22 +87,29 @@ def push_run(
 
 
 def push_voice(
-    export_dir: Path, staging: Path, run_dir: Path, hub: HubConfig, weights_dir: str | None = None, **options: Any
+    export_dir: Path,
+    staging: Path,
+    run_dir: Path,
+    hub: HubConfig,
+    weights_dir: str | None = None,
+    gpt: TortoiseGPT | None = None,
+    **options: Any,
 ) -> Pushed:
     """Make a voice of an export and push it; how that went is noted in the run's folder.
 
     Args:
-        export_dir: see `assemble_voice`, as for run_dir, hub and weights_dir.
+        export_dir: see `assemble_voice`, as for run_dir, hub, weights_dir and gpt.
         staging: folder to make the voice in.
         run_dir: the run's folder.
         hub: where to.
         weights_dir: folder with the released files, if there is one.
+        gpt: see `assemble_voice`.
         options: of `push_folder`.
 
     Raises:
         UserError: as `push_folder`.
     """
-    folder = assemble_voice(export_dir, staging, run_dir, hub, weights_dir)
+    folder = assemble_voice(export_dir, staging, run_dir, hub, weights_dir, gpt)
     step = json.loads((folder / VOICE_MARKER).read_text(encoding="utf-8"))["step"]
     try:
         pushed = push_folder(
@@ -141,11 +152,13 @@ def check_before_training(cfg: Config, accelerator: Accelerator) -> None:
     """See that the pushes a config asks for can work, before anything is fetched or trained; every process calls it.
 
     Raises:
-        UserError: on every process, see `check_access`.
+        UserError: on every process, see `check_access`, and `check_shareable_base` where the adapter alone is pushed.
     """
     problem = None
     if accelerator.is_main_process:
         try:
+            if cfg.hub.adapter_only and cfg.hub.repo_id is not None:
+                check_shareable_base(cfg.model.base)
             warning = check_access(cfg.hub)
             if warning is not None:
                 print(warning)

@@ -19,7 +19,10 @@ from huggingface_hub.hf_api import RepoFile
 from tortoise_hf.hub.client import ATTEMPTS, check_repository, retry
 from tortoise_hf.hub.scan import scan_folder
 
-VOICE_FILES = ("*_gpt.pth", "samples/*", "conditioning/*", "latents.safetensors", "dvae/*", "adapter/*")
+VOICE_FILES = (
+    "model.safetensors", "generation_config.json", "*_gpt.pth", "samples/*", "conditioning/*", "latents.safetensors",
+    "dvae/*", "adapter/*", "adapter_model.safetensors", "adapter_config.json",
+)  # fmt: skip
 """Files of a voice that a newer push may lack; they go then. What else lies in the repository stays."""
 
 

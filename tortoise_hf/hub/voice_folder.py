@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tortoise_hf.adapter_files import ADAPTER_DIR, ADAPTER_FILES, is_adapter
+from tortoise_hf.adapter_files import CONFIG as ADAPTER_CONFIG
 from tortoise_hf.checkpoint import MANIFEST
 from tortoise_hf.config import HubConfig
 from tortoise_hf.errors import UserError
 from tortoise_hf.export import FORMAT, MARKER, SUMMARY
+from tortoise_hf.hub.adapter_only import find_shareable_base, place_of, point_to_base
 from tortoise_hf.hub.card import CardFacts, Sample, make_card
-from tortoise_hf.hub.conditioning import write_latents
+from tortoise_hf.hub.conditioning import map_gpt, write_latents
+from tortoise_hf.hub.contents import WEIGHTS
 from tortoise_hf.hub.curve import draw_curve, read_log
 from tortoise_hf.latents import CLIPS_FOLDER, LATENTS_NAME, load_latents
 from tortoise_hf.models.checkpoint_formats import fits_tortoise, published_state_dict, read_tensors, write_published
-from tortoise_hf.models.gpt import GPTConfig
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.models.released import file_sha256
 from tortoise_hf.places import public_settings
 from tortoise_hf.sample_folder import SAMPLES_DIR, SAMPLES_LIST
@@ -43,10 +47,11 @@ def write_checkpoint_export(
 ) -> None:
     """Write the files of an export out of a checkpoint's, while the run goes on.
 
-    The weights are compared with the checkpoint's after they were written; the logits of a full self-test are not.
+    The weights are compared with the checkpoint's after they were written; the logits of a full self-test are not. An
+    adapter stays one: there are no whole weights then.
 
     Args:
-        checkpoint: holds model.safetensors, config.json and the manifest with their hashes.
+        checkpoint: holds model.safetensors or an adapter, config.json and the manifest with their hashes.
         out_dir: folder to make.
         companions: folder with tokenizer, norms and a DVAE of one's own.
         step: of the checkpoint.
@@ -59,53 +64,79 @@ def write_checkpoint_export(
     for path in (file for file in companions.rglob("*") if file.is_file()):
         link_file(path, out_dir / path.relative_to(companions))
     manifest = _read_json(checkpoint / MANIFEST)["files"]
-    recorded = {name: manifest[name] for name in ("model.safetensors", "config.json")}
-    for name in recorded:
-        link_file(checkpoint / name, out_dir / name)
-    config = GPTConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
-    weights = load_file(checkpoint / "model.safetensors")
+    adapted = is_adapter(checkpoint)
+    places = {name: f"{ADAPTER_DIR}/{name}" for name in ADAPTER_FILES} if adapted else {WEIGHTS: WEIGHTS}
+    places["config.json"] = "config.json"
+    for name, place in places.items():
+        link_file(checkpoint / name, out_dir / place)
+    recorded = {place: manifest[name] for name, place in places.items()}
     weights_file = f"{step}_gpt.pth"
-    write_published(published_state_dict(weights, config), out_dir / weights_file)
-    written = read_tensors(out_dir / weights_file)
-    if not all(torch.equal(written[key], tensor.float()) for key, tensor in weights.items()):
-        raise UserError(f"{weights_file} did not read back equal to the checkpoint of step {step}; nothing was pushed.")
+    findings = {} if adapted else {f"{weights_file} weights": _write_weights(checkpoint, out_dir / weights_file, step)}
     _write_json(out_dir / SUMMARY, {"step": step, **summary})
     names = sorted(path.relative_to(out_dir).as_posix() for path in out_dir.rglob("*") if path.is_file())
     files = {name: recorded.get(name) or _describe(out_dir / name) for name in names}
-    finding = f"{len(weights)} tensors equal the checkpoint's"
     marker = {"made_by": "tortoise_hf", "format": FORMAT, "step": step, "weights_file": weights_file, "files": files}
-    marker |= {"self_test": {"findings": {f"{weights_file} weights": finding}, "failures": [], "passed": True}}
+    marker |= {"self_test": {"findings": findings, "failures": [], "passed": True}}
     _write_json(out_dir / MARKER, marker)
 
 
+def _write_weights(checkpoint: Path, path: Path, step: int) -> str:
+    """Write a checkpoint's weights in the published layout; what reading them back showed."""
+    config = GPTConfig.from_dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    weights = load_file(checkpoint / WEIGHTS)
+    write_published(published_state_dict(weights, config), path)
+    written = read_tensors(path)
+    if not all(torch.equal(written[key], tensor.float()) for key, tensor in weights.items()):
+        raise UserError(f"{path.name} did not read back equal to the checkpoint of step {step}; nothing was pushed.")
+    return f"{len(weights)} tensors equal the checkpoint's"
+
+
 def assemble_voice(
-    export_dir: Path, out_dir: Path, run_dir: Path, hub: HubConfig, weights_dir: str | None = None
+    export_dir: Path,
+    out_dir: Path,
+    run_dir: Path,
+    hub: HubConfig,
+    weights_dir: str | None = None,
+    gpt: TortoiseGPT | None = None,
 ) -> Path:
     """Make the folder that is pushed: an export, its card, curve, reference clips with their latents, and samples.
 
     Args:
-        export_dir: what `export_model` or `write_checkpoint_export` wrote.
+        export_dir: what `export_model` or `write_checkpoint_export` wrote. With `hub.adapter_only` its whole weights
+            are left out.
         out_dir: folder to make; an earlier one is replaced.
         run_dir: the run's folder; its log, dataset report, reference clips and samples are used if they are there.
         hub: repository, consent and licence for the card.
         weights_dir: see `write_latents`.
+        gpt: the export's whole model; None where the export holds it.
 
     Returns: out_dir.
+
+    Raises:
+        UserError: if the adapter alone is asked for and there is none, or others couldn't find its base.
     """
     shutil.rmtree(out_dir, ignore_errors=True)
-    for path in (file for file in export_dir.rglob("*") if file.is_file()):
-        link_file(path, out_dir / path.relative_to(export_dir))
     summary = _read_json(export_dir / SUMMARY)
     marker = _read_json(export_dir / MARKER)
+    base = find_shareable_base(summary["settings"], summary.get("lineage", ())) if hub.adapter_only else None
+    for path in (file for file in export_dir.rglob("*") if file.is_file()):
+        name = path.relative_to(export_dir).as_posix()
+        place = name if base is None else place_of(name)
+        if place is not None:
+            link_file(path, out_dir / place)
+    adapter = None if base is None else point_to_base(out_dir, *base)
     log_history = read_log(run_dir / "log.jsonl")
     settings = summary["settings"] = public_settings(summary["settings"])
     summary["lineage"] = _lineage(summary, settings)
     _replace_json(out_dir / SUMMARY, summary)
+    if adapter is not None:
+        marker["files"] = {place: record for name, record in marker["files"].items() if (place := place_of(name))}
+        marker["files"][ADAPTER_CONFIG] = _describe(out_dir / ADAPTER_CONFIG)
     marker["files"][SUMMARY] = _describe(out_dir / SUMMARY)
     _replace_json(out_dir / MARKER, marker)
     for path in sorted((run_dir / CLIPS_FOLDER).glob("*.wav")):
         link_file(path, out_dir / CLIPS_FOLDER / path.name)
-    write_latents(out_dir, weights_dir)
+    write_latents(out_dir, lambda: map_gpt(export_dir) if gpt is None else gpt, weights_dir)
     latents = load_latents(out_dir / LATENTS_NAME) if (out_dir / LATENTS_NAME).is_file() else None
     samples = _take_samples(run_dir / SAMPLES_DIR, out_dir / SAMPLES_DIR)
     report = _read_json(run_dir / "dataset_report.json") if (run_dir / "dataset_report.json").is_file() else {}
@@ -131,6 +162,7 @@ def assemble_voice(
         latents=() if latents is None else ("gpt",) if latents.diffusion is None else ("gpt", "diffusion"),
         for_tortoise=fits_tortoise(GPTConfig.from_pretrained(out_dir)),
         samples=samples,
+        adapter=adapter,
     )
     (out_dir / "README.md").write_text(str(make_card(facts)), encoding="utf-8")
     return out_dir

@@ -13,6 +13,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tortoise_hf.models.gpt import TortoiseGPT
 
 
 def main(run_dir: Path, staging: Path) -> None:
@@ -54,25 +58,36 @@ def push_checkpoint(run_dir: Path, staging: Path, stop: threading.Event) -> None
     if (staging / "checkpoint").is_dir():
         log_history = _read_json(staging / "checkpoint" / "trainer_state.json")["log_history"]
         summary = export_summary(record, log_history, told["lineage"])
-        _write_export(run_dir / HUB_DIR / "companions", staging, told["step"], summary, settings["model"])
-        weights_dir = settings["model"]["weights_dir"]
-        push_voice(staging / "export", staging / "voice", run_dir, hub, weights_dir, local_paths=paths, wait=stop.wait)
+        companions, weights_dir = run_dir / HUB_DIR / "companions", settings["model"]["weights_dir"]
+        gpt = _write_export(companions, staging, told, summary, settings["model"], hub.adapter_only)
+        voice = (staging / "export", staging / "voice", run_dir, hub, weights_dir, gpt)
+        push_voice(*voice, local_paths=paths, wait=stop.wait)
 
 
-def _write_export(companions: Path, staging: Path, step: int, summary: dict, model_settings: dict) -> None:
+def _write_export(
+    companions: Path, staging: Path, told: dict, summary: dict, model_settings: dict, adapter_only: bool
+) -> TortoiseGPT | None:
+    """Gives the whole model where the export doesn't hold it."""
+    from tortoise_hf.adapter_files import is_adapter
     from tortoise_hf.config import ModelConfig
     from tortoise_hf.export import export_model
+    from tortoise_hf.hub.pull import is_hub_name
     from tortoise_hf.hub.voice_folder import write_checkpoint_export
-    from tortoise_hf.lora import is_adapter, load_trained
-    from tortoise_hf.models.pretrained import resolve_base
+    from tortoise_hf.models.pretrained import load_trained, resolve_base
 
-    checkpoint, out_dir = staging / "checkpoint", staging / "export"
-    if is_adapter(checkpoint):  # whole weights exist nowhere yet
-        files = resolve_base(ModelConfig(**model_settings))
-        model = load_trained(checkpoint, files)
-        export_model(model, out_dir, files=files, step=step, summary=summary, adapter=checkpoint)
-    else:
+    checkpoint, out_dir, step = staging / "checkpoint", staging / "export", told["step"]
+    if not is_adapter(checkpoint):
         write_checkpoint_export(checkpoint, out_dir, companions, step, summary)
+        return None
+    if is_hub_name(model_settings["base"]):  # the commit that the run began with
+        model_settings = model_settings | {"base": told["lineage"][0]}
+    files = resolve_base(ModelConfig(**model_settings))
+    model = load_trained(checkpoint, files)  # whole weights exist nowhere yet
+    if adapter_only:
+        write_checkpoint_export(checkpoint, out_dir, companions, step, summary)
+        return model
+    export_model(model, out_dir, files=files, step=step, summary=summary, adapter=checkpoint)
+    return None
 
 
 def _obey_input() -> threading.Event:

@@ -2,25 +2,30 @@
 
 A base is "released" (TorToiSe's own weights), a folder, or a weights file. Folder layout, the same as an export's:
 `config.json` + `model.safetensors` (or a `.pth` in the published layout), `tokenizer.json`, `mel_norms.safetensors`,
-`dvae/config.json` + `dvae/model.safetensors`. Whatever a base lacks comes from the released files.
+`dvae/config.json` + `dvae/model.safetensors`. Whatever a base lacks comes from the released files. In place of weights
+a folder may hold an adapter, which names a base of its own; that is fetched as well, and the adapter merged into it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import initialization
 
+from tortoise_hf.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from tortoise_hf.adapter_files import is_adapter, read_adapter_config
 from tortoise_hf.audio import load_mel_norms as read_mel_norms
 from tortoise_hf.config import ModelConfig
 from tortoise_hf.errors import UserError
-from tortoise_hf.hub.pull import is_hub_name, pull_voice
+from tortoise_hf.hub.pull import is_hub_name, pull_repository, pull_voice
+from tortoise_hf.lora import merge_adapter, merged_fingerprint
+from tortoise_hf.models.base_folder import RELEASED_BASE, RELEASED_REPO, look_into_base, read_config
 from tortoise_hf.models.checkpoint_formats import (
     check_weights,
     config_from_weights,
@@ -36,8 +41,8 @@ from tortoise_hf.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-RELEASED_BASE = "released"
-RELEASED_REPO = "jbetker/tortoise-tts-v2"
+MOST_ADAPTERS = 8
+"""On top of each other: a voice whose base is an adapter whose base is an adapter, and so on."""
 # What a base may lack, and the released file that stands in for it.
 _RELEASED_NAMES = {
     "gpt_weights": "autoregressive.pth",
@@ -45,7 +50,6 @@ _RELEASED_NAMES = {
     "mel_norms": "mel_norms.pth",
     "dvae_weights": "dvae.pth",
 }
-_MEL_NORMS_NAMES = ("mel_norms.safetensors", "mel_norms.pth", "mel_norms.json")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class BaseFiles:
     """The files a run starts from, all of them on this machine."""
 
     gpt_weights: Path | None
-    """Autoregressive weights in any layout; None for random ones."""
+    """Autoregressive weights in any layout, or an adapter's; None for random ones."""
     gpt_config: Path | None
     """config.json of the GPT; None where the sizes are read off the weights, or are the released ones."""
     gpt_tokenizer: Path
@@ -70,6 +74,8 @@ class BaseFiles:
     """Where each file came from, in words; for the log and the training summary."""
     lineage: tuple[str, ...] = ()
     """What the weights come from, nearest first: voices on the Hub (owner/name@commit), the release."""
+    adapted: BaseFiles | None = None
+    """Where `gpt_weights` are an adapter's: the files of what it is merged into."""
 
     def sha256(self, name: str) -> str:
         """Sha256 of one of the files above, for cache keys; reads the whole file."""
@@ -92,14 +98,29 @@ def resolve_base(
         cache_dir: the Hub's cache, see `fetch_released`.
         endpoint: the Hub's address, see `fetch_released`.
 
-    Raises: UserError: if the base doesn't exist or is ambiguous, or a released file can't be had.
+    Raises: UserError: if the base doesn't exist or is ambiguous, a released file can't be had, or an adapter's own base
+        can't be.
     """
+    return _resolve(cfg, dvae, cache_dir, endpoint, 0)
+
+
+def _resolve(
+    cfg: ModelConfig, dvae: bool, cache_dir: str | Path | None, endpoint: str | None, num_adapters: int
+) -> BaseFiles:
     own_tokenizer = None if cfg.tokenizer is None else Path(cfg.tokenizer).expanduser()
     weights_dir = None if cfg.weights_dir is None else Path(cfg.weights_dir).expanduser()
     if own_tokenizer is not None:
         TextTokenizer.from_file(own_tokenizer)  # a wrong file is named before gigabytes are fetched
     base, lineage = _find_base(cfg, cache_dir, endpoint)
-    found = {} if base is None else _look_into_base(base, cfg.from_scratch)
+    found = {} if base is None else look_into_base(base, cfg.from_scratch)
+    adapted, inherited = None, {}
+    if found.get("gpt_weights", Path()).name == ADAPTER_WEIGHTS or (cfg.from_scratch and base and is_adapter(base)):
+        folder = base if base.is_dir() else base.parent
+        under = _below(folder, cfg, found.get("tokenizer"), cache_dir, endpoint, num_adapters)
+        adapted = _resolve(under, dvae, cache_dir, endpoint, num_adapters + 1)
+        roles = ["tokenizer", "mel_norms", *([] if "dvae_weights" in found else ["dvae_weights", "dvae_config"])]
+        inherited = {role: getattr(adapted, role) for role in roles if role not in found and getattr(adapted, role)}
+        found |= inherited
     lacking = {role: name for role, name in _RELEASED_NAMES.items() if role not in found}
     if not dvae:
         lacking.pop("dvae_weights", None)
@@ -122,7 +143,7 @@ def resolve_base(
         made_with = fetched["tokenizer.json"].path
     elif own_tokenizer is not None and not cfg.from_scratch:
         made_with = found.get("tokenizer") or fetched["tokenizer.json"].path
-    origins = {role: str(path) for role, path in paths.items()}
+    origins = {role: adapted.origins[role] if role in inherited else str(path) for role, path in paths.items()}
     for role, name in lacking.items():
         file = fetched[name]
         origins[role] = f"{file.origin} (sha256 {file.sha256}, compared with {file.compared_with})"
@@ -136,7 +157,41 @@ def resolve_base(
         dvae_config=paths.get("dvae_config"),
         origins=origins,
         lineage=lineage,
+        adapted=adapted,
     )
+
+
+def _below(
+    folder: Path,
+    cfg: ModelConfig,
+    tokenizer: Path | None,
+    cache_dir: str | Path | None,
+    endpoint: str | None,
+    num_adapters: int,
+) -> ModelConfig:
+    """What an adapter is merged into, as a base; fetched where it is a voice on the Hub.
+
+    It is given the adapter's tokenizer, whose text rows the adapter was trained with.
+    """
+    named = read_adapter_config(folder)
+    if named.base is None:
+        raise UserError(
+            f"{folder} holds an adapter without the weights that it belongs to, and doesn't say where they are; give "
+            "the export of its run, which is whole, or a voice on the Hub."
+        )
+    if num_adapters == MOST_ADAPTERS:
+        raise UserError(
+            f"{folder} holds an adapter to an adapter, and so on, {MOST_ADAPTERS} times; give a whole voice instead."
+        )
+    base = RELEASED_BASE
+    if named.base != RELEASED_REPO:
+        try:
+            base = str(pull_repository(named.base, named.revision, cache_dir=cache_dir, endpoint=endpoint))
+        except UserError as error:
+            raise UserError(
+                f"{folder} holds an adapter to {named.base_name}, and without that it is of no use: {error}"
+            ) from error
+    return dataclasses.replace(cfg, base=base, tokenizer=None if tokenizer is None else str(tokenizer))
 
 
 def _find_base(
@@ -159,78 +214,6 @@ def _find_base(
     return base, (*name, *(str(parent) for parent in parents))
 
 
-def _look_into_base(base: Path, from_scratch: bool) -> dict[str, Path]:
-    if base.is_file():
-        folder, weights = base.parent, base
-    elif base.is_dir():
-        folder, weights = base, _weights_in(base)
-    else:
-        raise UserError(
-            f"model.base: {base} is neither a folder nor a file; give one, the name of a voice on the Hub "
-            f"(owner/name), or {RELEASED_BASE!r} for TorToiSe's own weights."
-        )
-    found: dict[str, Path] = {}
-    if weights is not None and not from_scratch:
-        found["gpt_weights"] = weights
-    config = folder / "config.json"
-    if config.is_file():
-        _read_config(config, GPTConfig)  # a wrong file is named before gigabytes are fetched
-        found["gpt_config"] = config
-        if weights is None and not from_scratch:
-            raise UserError(
-                f"model.base: {folder} holds a config.json but no weights (model.safetensors or <step>_gpt.pth); add "
-                f"them, pass --model.from_scratch true to start from random ones, or take config.json away to start "
-                f"from the released ones."
-            )
-    if (folder / "tokenizer.json").is_file():
-        found["tokenizer"] = folder / "tokenizer.json"
-    norms = next((folder / name for name in _MEL_NORMS_NAMES if (folder / name).is_file()), None)
-    if norms is not None:
-        found["mel_norms"] = norms
-    if (folder / "dvae" / "model.safetensors").is_file():
-        found["dvae_weights"] = folder / "dvae" / "model.safetensors"
-        if (folder / "dvae" / "config.json").is_file():
-            found["dvae_config"] = folder / "dvae" / "config.json"
-    elif (folder / "dvae.pth").is_file():
-        found["dvae_weights"] = folder / "dvae.pth"
-    return found
-
-
-def _weights_in(folder: Path) -> Path | None:
-    for name in ("model.safetensors", "autoregressive.pth"):
-        if (folder / name).is_file():
-            return folder / name
-    candidates = sorted(folder.glob("*_gpt.pth"))
-    if len(candidates) > 1:
-        raise UserError(
-            f"model.base: {folder} holds {len(candidates)} weights files: "
-            f"{', '.join(path.name for path in candidates)}. Name one of them as model.base."
-        )
-    return candidates[0] if candidates else None
-
-
-def _read_config(path: Path, config_class: type[Any]) -> Any:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} can't be read as JSON ({error}); expected a {config_class.model_type} config."
-        ) from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != config_class.model_type:
-        raise UserError(f"{path} describes model_type {kind!r}, expected {config_class.model_type!r}.")
-    counts = [name for name, default in vars(config_class).items() if type(default) is int]
-    wrong = [name for name in counts if name in values and not (type(values[name]) is int and values[name] > 0)]
-    if wrong:
-        raise UserError(
-            f"{path}: {', '.join(f'{name} is {values[name]!r}' for name in wrong)}; expected whole numbers above 0."
-        )
-    try:
-        return config_class.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a usable {config_class.model_type} config: {error}") from error
-
-
 def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0, *, keep_mapped: bool = False) -> TortoiseGPT:
     """The GPT of a base in float32 on the CPU, in evaluation mode.
 
@@ -245,7 +228,7 @@ def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0, *, kee
         codes aren't the model's.
     """
     if from_scratch or files.gpt_weights is None:
-        config = _read_config(files.gpt_config, GPTConfig) if files.gpt_config is not None else GPTConfig()
+        config = read_config(files.gpt_config, GPTConfig) if files.gpt_config is not None else GPTConfig()
         vocab_size = TextTokenizer.from_file(files.tokenizer).vocab_size
         config.num_text_tokens = max(config.num_text_tokens, vocab_size)
         _check_codes(files, config)
@@ -254,7 +237,22 @@ def load_gpt(files: BaseFiles, from_scratch: bool = False, seed: int = 0, *, kee
             return TortoiseGPT(config).eval()
     config, weights = load_base_weights(files)
     _check_codes(files, config)
-    return build_gpt(config, weights, keep_mapped)
+    model = build_gpt(config, weights, keep_mapped or files.adapted is not None)
+    if files.adapted is not None:
+        own, used = file_sha256(files.gpt_tokenizer), file_sha256(files.tokenizer)
+        model.merged_from = merged_fingerprint(files.gpt_weights.parent, *(() if own == used else (own, used)))
+    return model
+
+
+def load_trained(checkpoint: Path, files: BaseFiles) -> TortoiseGPT:
+    """The whole model of a checkpoint in float32 on the CPU; an adapter is merged into the base that it was trained on.
+
+    Raises:
+        UserError: if an adapter belongs to other weights than the base's, or these can't be read.
+    """
+    if not is_adapter(checkpoint):
+        return TortoiseGPT.from_pretrained(checkpoint, dtype=torch.float32)
+    return merge_adapter(load_gpt(files), checkpoint)
 
 
 def load_base_weights(files: BaseFiles) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
@@ -266,9 +264,9 @@ def load_base_weights(files: BaseFiles) -> tuple[GPTConfig, dict[str, torch.Tens
     """
     if files.gpt_weights is None:
         raise UserError("The run started from random weights (model.from_scratch), so there are no base weights.")
-    weights = read_gpt_weights(files.gpt_weights)
+    weights = read_gpt_weights(files.gpt_weights) if files.adapted is None else _merge(files)
     if files.gpt_config is not None:
-        config = _read_config(files.gpt_config, GPTConfig)
+        config = read_config(files.gpt_config, GPTConfig)
     else:
         config = config_from_weights(weights, files.gpt_weights)
     check_weights(weights, published_layout(config, attention_buffers=False), files.gpt_weights)
@@ -283,6 +281,21 @@ def load_base_weights(files: BaseFiles) -> tuple[GPTConfig, dict[str, torch.Tens
     return config, weights
 
 
+def _merge(files: BaseFiles) -> dict[str, torch.Tensor]:
+    """Whole weights of a base that is an adapter."""
+    folder = files.gpt_weights.parent
+    merged = merge_adapter(load_gpt(files.adapted), folder, read_adapter_config(folder).base_name)
+    if files.gpt_config is not None:
+        said = read_config(files.gpt_config, GPTConfig)
+        for name in (name for name, default in vars(GPTConfig).items() if type(default) is int):
+            if getattr(said, name) != getattr(merged.config, name):
+                raise UserError(
+                    f"{files.gpt_config} names {name} {getattr(said, name)}, and the base has "
+                    f"{getattr(merged.config, name)}; an adapter and its base have the same sizes."
+                )
+    return merged.state_dict()
+
+
 def _check_rows(tokenizer: Path, config: GPTConfig) -> None:
     vocab_size = TextTokenizer.from_file(tokenizer).vocab_size
     if vocab_size > config.num_text_tokens:
@@ -295,7 +308,7 @@ def _check_rows(tokenizer: Path, config: GPTConfig) -> None:
 def _check_codes(files: BaseFiles, config: GPTConfig) -> None:
     if files.dvae_weights is None:
         return
-    dvae = DVAEConfig() if files.dvae_config is None else _read_config(files.dvae_config, DVAEConfig)
+    dvae = DVAEConfig() if files.dvae_config is None else read_config(files.dvae_config, DVAEConfig)
     if dvae.num_codes != config.num_mel_codes:
         raise UserError(
             f"{files.dvae_weights} has {dvae.num_codes:,} codes, but the model takes {config.num_mel_codes:,}; put the "
@@ -322,7 +335,7 @@ def load_dvae(files: BaseFiles) -> DVAE:
 
     Raises: UserError: if the file doesn't fill the model exactly.
     """
-    config = _read_config(files.dvae_config, DVAEConfig) if files.dvae_config is not None else DVAEConfig()
+    config = read_config(files.dvae_config, DVAEConfig) if files.dvae_config is not None else DVAEConfig()
     weights = read_tensors(files.dvae_weights)
     with initialization.no_init_weights():
         dvae = DVAE(config)

@@ -94,9 +94,9 @@ def resize_text_rows(weights: Mapping[str, torch.Tensor], mapping: VocabularyMap
     """
     resized = dict(weights)
     for name in _TEXT_TENSORS:
-        old = weights[name].float()
+        old = weights[name].double()  # rounded once, so that every processor finds the same mean
         tokens, start = old[:-1], old[-1]
         mean = tokens.mean(0)
         new = [tokens[list(rows)].mean(0) if rows else mean for rows in mapping.rows]
-        resized[name] = torch.stack([*new, start])
+        resized[name] = torch.stack([*new, start]).float()
     return resized
