@@ -30,7 +30,7 @@ row() { # row SECONDS NAME SCRIPT ARGUMENTS...
     row 55 train_step_tf32 train_step.py --size released --precision no --micro_batch_size 16 --micro_batches 8 \
         --num_workers 8 --conditioning_group 8
     row 50 train_step_random train_step.py --size released --precision bf16 --micro_batch_size 32 --micro_batches 4 \
-        --num_workers 8 --conditioning_group 1 --batching random --attention eager sdpa --no_reference
+        --num_workers 8 --conditioning_group 1 --batching random --no_reference
     # Peak memory of full fine-tuning in fp16 on small cards: as many rows as a T4 holds, activations recomputed.
     row 45 train_step_fp16 train_step.py --size released --precision fp16 --micro_batch_size 4 --micro_batches 8 \
         --num_workers 8 --checkpointing off on --no_reference

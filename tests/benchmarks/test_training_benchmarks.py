@@ -11,6 +11,7 @@ import torch
 from conftest import GOLDEN, REPOSITORY, golden_gpt
 from safetensors.torch import load_file
 
+from tortoise_hf.models.attention import PACKED_SDPA
 from tortoise_hf.models.dvae import DVAE, DVAEConfig
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 
@@ -72,7 +73,8 @@ class TestReferenceStep:
         assert not torch.equal(gpt.mel_head.weight, before)
         assert gpt.gpt.h[0].mlp.act is activation
         assert not gpt.gpt.h[0].gradient_checkpointing
-        assert gpt.gpt.config._attn_implementation == "sdpa"
+        assert gpt.config._attn_implementation == "sdpa"
+        assert gpt.gpt.config._attn_implementation == PACKED_SDPA
 
 
 def test_operations_are_those_that_torch_counts(benchmark):
