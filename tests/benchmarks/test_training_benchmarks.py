@@ -142,6 +142,17 @@ def test_train_step(benchmark, tmp_path):
     assert result["matrix_operations_per_second"]["float32"] > 1e8
 
 
+def test_packing(benchmark, tmp_path):
+    arguments = ["--size", "tiny", "--micro_batch_size", "4", "--repeats", "1", "--device", "cpu"]
+    result = benchmark("packing").main([*arguments, "--json", str(tmp_path / "numbers.json")])
+    assert json.loads((tmp_path / "numbers.json").read_text()) == result
+    padded, packed = result["rows"]
+    assert padded["positions"] > packed["positions"]
+    assert packed["padding_share"] == 0 < padded["padding_share"] < 0.3
+    assert padded["mel_loss_in_training"] == pytest.approx(packed["mel_loss_in_training"], rel=0.05), "but for dropout"
+    assert result["padded_over_packed"] > 0
+
+
 def test_prepare(benchmark, tmp_path):
     arguments = ["--size", "tiny", "--clips", "3", "--seconds", "0.8", "--batches", "2", "--device", "cpu"]
     result = benchmark("prepare").main([*arguments, "--json", str(tmp_path / "numbers.json")])
