@@ -30,7 +30,7 @@ row() { # row SECONDS NAME SCRIPT ARGUMENTS...
     row 50 train_step_tf32 train_step.py --size released --precision no --micro_batch_size 16 --micro_batches 8 \
         --num_workers 8 --conditioning_group 8
     row 50 train_step_random train_step.py --size released --precision bf16 --micro_batch_size 32 --micro_batches 4 \
-        --num_workers 8 --conditioning_group 1 --batching random --attention eager sdpa --no_reference
+        --num_workers 8 --conditioning_group 1 --batching random --no_reference
     # Peak memory of configs/t4.yaml, 8gb.yaml (needs the 8bit extra, else it takes adamw and says so) and lora.yaml, with
     # clips of the greatest length and no more memory than such cards have to spare.
     row 85 small_cards small_cards.py --size released

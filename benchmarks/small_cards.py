@@ -30,7 +30,7 @@ from tortoise_hf.config import Config
 from tortoise_hf.faults import StepOutOfMemory
 from tortoise_hf.lora import widen
 from tortoise_hf.machine import set_gradient_checkpointing
-from tortoise_hf.memory import _longest, step_memory
+from tortoise_hf.memory import longest_batch, step_memory
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.optim import build_optimizer, settle_optimizer
 from tortoise_hf.step import optimizer_step
@@ -79,7 +79,7 @@ def take_steps(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) 
     model.to(device)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, cfg.optim))
     for _ in range(2):
-        batches = [_longest(cfg, sizes, cfg.training.micro_batch_size) for _ in range(args.micro_batches)]
+        batches = [longest_batch(cfg, sizes, cfg.training.micro_batch_size) for _ in range(args.micro_batches)]
         optimizer_step(cfg, accelerator, model, optimizer, batches)
         optimizer.zero_grad()
     wait_for(device)

@@ -67,14 +67,13 @@ class Variant:
     """grouped: micro-batches of a run. random: of clips as they come."""
     group: int
     """Rows that share their conditioning (data.conditioning_group)."""
-    attention: str
     checkpointing: bool
     compiled: bool
 
     @property
     def name(self) -> str:
         """For tables."""
-        words = ["ours", self.batching, f"conditioning shared by {self.group}", self.attention]
+        words = ["ours", self.batching, f"conditioning shared by {self.group}"]
         return ", ".join(words + ["checkpointing"] * self.checkpointing + ["compiled"] * self.compiled)
 
 
@@ -198,11 +197,9 @@ class Trainer:
                     optimizer_step(self.cfg, self.accelerator, self.prepared, self.optimizer, next(steps))
 
         cost = measured(whole, self.device)
-        found = {"steps": batches.steps_per_epoch, "clips": len(self.lengths), "seconds": cost.seconds}
-        return {**found, "padding_share": sampler.padding_share()}
+        return {"steps": batches.steps_per_epoch, "clips": len(self.lengths), "seconds": cost.seconds}
 
     def _become(self, variant: Variant) -> None:
-        self.model.set_attn_implementation(variant.attention)
         set_gradient_checkpointing(self.model, variant.checkpointing)
 
     def _count(self, batches: list[Batch]) -> Work:
@@ -211,7 +208,7 @@ class Trainer:
             for text, mel in zip(batch.text_targets, batch.mel_targets, strict=True):
                 rows.append((int((text != IGNORE_INDEX).sum()), int((mel != IGNORE_INDEX).sum())))
             windows += batch.conditioning_mel.flatten(0, -3).shape[0]
-        positions = sum(len(batch.indices) * batch.num_positions for batch in batches)
+        positions = sum(batch.packing.num_positions for batch in batches)
         return Work(positions, flops.training(self.config, rows, windows, self.window_frames))
 
     def reference(self) -> Callable[[], None]:
@@ -264,7 +261,6 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="of ours; no: float32")
     parser.add_argument("--batching", nargs="+", choices=("grouped", "random"), default=["grouped"])
     parser.add_argument("--conditioning_group", type=int, nargs="+", default=[1, 8], help="data.conditioning_group")
-    parser.add_argument("--attention", nargs="+", choices=("eager", "sdpa", "flash_attention_2"), default=["sdpa"])
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--compile", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--clips", type=int, default=1024, help="of the dataset that batches are planned for")
@@ -281,13 +277,13 @@ def main(argv: list[str] | None = None) -> dict:
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
-    ways = itertools.product(args.batching, args.conditioning_group, args.attention, args.checkpointing, args.compile)
+    ways = itertools.product(args.batching, args.conditioning_group, args.checkpointing, args.compile)
     with tempfile.TemporaryDirectory(prefix="tortoise_hf_train_step_") as folder:
         trainer = Trainer(args, Path(folder))
         variants = {} if args.no_reference else {REFERENCE: trainer.reference()}
         epochs = {}
-        for batching, group, attention, checkpointing, compiled in ways:
-            variant = Variant(batching, group, attention, checkpointing == "on", compiled == "on")
+        for batching, group, checkpointing, compiled in ways:
+            variant = Variant(batching, group, checkpointing == "on", compiled == "on")
             variants[variant.name] = trainer.ours(variant)
             if args.epoch:
                 epochs[variant.name] = partial(trainer.epoch, variant)

@@ -63,7 +63,7 @@ def fine_tune(cfg: Config) -> None:
         write_report(cfg, data.report)
         if cfg.hub.repo_id is not None:
             keep_clips(run_folder.output_dir, cfg.data)
-        print(opening_lines(cfg, run_folder, model, batches))
+        print(opening_lines(cfg, run_folder, model))
 
     samples = open_samples(cfg, accelerator.device, files, data, model.config)
     model.to(accelerator.device)

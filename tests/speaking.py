@@ -55,7 +55,7 @@ def all_clips_in_one_batch(cfg: Config, **data) -> Config:
 
 @torch.no_grad()
 def first_position(model, batch: Batch) -> tuple[torch.Tensor, int]:
-    """What stands in front of the text in the GPT's input, (B, D), and how many positions rows have at most."""
+    """What stands in front of the text in the GPT's input, (B, D), and how many positions all rows have together."""
     seen = []
     hook = model.gpt.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -64,4 +64,4 @@ def first_position(model, batch: Batch) -> tuple[torch.Tensor, int]:
         model.eval()(**batch.model_inputs())
     finally:
         hook.remove()
-    return seen[0][:, 0], seen[0].shape[1]
+    return seen[0][0, batch.packing.boundaries[:-1]], seen[0].shape[1]

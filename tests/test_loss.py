@@ -1,56 +1,64 @@
+"""Sums, counts and means of the two losses."""
+
+from __future__ import annotations
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden_gpt
 
-from tortoise_hf.data.collate import IGNORE_INDEX
+from tortoise_hf.data.collate import Collator, Example
 from tortoise_hf.loss import gpt_loss, weighted_mean, weighted_mean_of_values
 
+WEIGHTS = (0.01, 1.0)
 
-def random_case(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    text_logits = torch.randn(2, 5, 7, generator=generator)
-    mel_logits = torch.randn(2, 6, 9, generator=generator)
-    text_targets = torch.randint(0, 7, (2, 5), generator=generator)
-    mel_targets = torch.randint(0, 9, (2, 6), generator=generator)
-    text_targets[1, 3:] = IGNORE_INDEX
-    mel_targets[0, 4:] = IGNORE_INDEX
-    return text_logits, mel_logits, text_targets, mel_targets
+
+def clip(num_text_ids, num_codes, weight=1):
+    rng = np.random.default_rng(num_codes)
+    conditioning_mel = rng.standard_normal((1, 80, 10), dtype=np.float32)
+    return Example(rng.integers(2, 255, num_text_ids), rng.integers(0, 256, num_codes), conditioning_mel, 0, weight)
 
 
 def test_sums_over_counts_are_the_usual_mean():
-    text_logits, mel_logits, text_targets, mel_targets = case = random_case()
-    sums = gpt_loss(*case)
-    assert (int(sums.num_text), int(sums.num_mel)) == (8, 10)
-    assert float(sums.text / sums.num_text) == pytest.approx(
-        float(F.cross_entropy(text_logits.flatten(0, 1), text_targets.flatten())), abs=1e-6
-    )
-    total = weighted_mean(sums, sums.counts(), 0.01, 1.0)
-    expected = 0.01 * F.cross_entropy(text_logits.flatten(0, 1), text_targets.flatten()) + F.cross_entropy(
-        mel_logits.flatten(0, 1), mel_targets.flatten()
-    )
-    assert float(total) == pytest.approx(float(expected), abs=1e-6)
-    assert weighted_mean_of_values(sums.values(), 0.01, 1.0)[2] == pytest.approx(float(expected), abs=1e-6)
+    model = golden_gpt()
+    batch = Collator.for_model(model.config)([clip(7, 9)])
+    sums = gpt_loss(model, batch)
+    assert (sums.num_text, sums.num_mel) == (8, 10)
+    assert sums.counts().tolist() == [8, 10]
+    with torch.no_grad():
+        output = model(batch.text_inputs, batch.mel_inputs, conditioning_mel=batch.conditioning_mel)
+    text = F.cross_entropy(output.text_logits[0], batch.text_targets[0])  # which leaves out what isn't asked
+    mel = F.cross_entropy(output.mel_logits[0], batch.mel_targets[0])
+    found = weighted_mean_of_values(sums.values(), *WEIGHTS)
+    assert found == pytest.approx([float(text), float(mel), float(0.01 * text + mel)], abs=1e-5)
+    assert float(weighted_mean(sums, sums.counts(), *WEIGHTS).detach()) == pytest.approx(found[2], abs=1e-12)
 
 
-def test_padding_counts_for_nothing():
-    text_logits, mel_logits, text_targets, mel_targets = random_case()
-    before = gpt_loss(text_logits, mel_logits, text_targets, mel_targets)
-    mel_logits[0, 4:] = 1e4
-    after = gpt_loss(text_logits, mel_logits, text_targets, mel_targets)
-    assert torch.equal(before.mel, after.mel)
+def test_counts_may_be_those_of_a_whole_step():
+    model = golden_gpt()
+    collate = Collator.for_model(model.config)
+    both = gpt_loss(model, collate([clip(7, 9), clip(3, 20)]))
+    parts = [gpt_loss(model, collate([one])) for one in (clip(7, 9), clip(3, 20))]
+    means = [weighted_mean(one, both.counts(), *WEIGHTS) for one in (both, *parts)]
+    assert float(means[1] + means[2]) == pytest.approx(float(means[0]), abs=1e-6)
 
 
 def test_a_micro_batch_without_targets_weighs_nothing():
-    text_logits, mel_logits, text_targets, mel_targets = random_case()
-    mel_logits.requires_grad_()
-    sums = gpt_loss(text_logits, mel_logits, torch.full_like(text_targets, -100), torch.full_like(mel_targets, -100))
-    loss = weighted_mean(sums, sums.counts(), 0.01, 1.0)
+    model = golden_gpt()
+    sums = gpt_loss(model, Collator.for_model(model.config)([clip(7, 9, weight=0)]))
+    loss = weighted_mean(sums, sums.counts(), *WEIGHTS)
     loss.backward()
     assert loss.item() == 0
-    assert torch.equal(mel_logits.grad, torch.zeros_like(mel_logits))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name}: processes exchange gradients of all weights"
+        assert not parameter.grad.any()
 
 
-def test_half_precision_logits_are_summed_in_float32():
-    text_logits, mel_logits, text_targets, mel_targets = random_case()
-    sums = gpt_loss(text_logits.bfloat16(), mel_logits.bfloat16(), text_targets, mel_targets)
-    assert sums.mel.dtype == torch.float32
+@torch.no_grad()
+def test_sums_are_float64_whatever_the_model_computes_in():
+    model = golden_gpt()
+    batch = Collator.for_model(model.config)([clip(7, 9)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = gpt_loss(model, batch)
+    assert (sums.text.dtype, sums.mel.dtype, sums.values().dtype) == (torch.float64,) * 3

@@ -37,9 +37,7 @@ def evaluate(
     total = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(accelerator.device)
-        output = model(**batch.model_inputs())
-        # Sums leave the device here; evaluation waits for the GPU anyway.
-        total += gpt_loss(output.text_logits, output.mel_logits, batch.text_targets, batch.mel_targets).values().cpu()
+        total += gpt_loss(model, batch).values().cpu()  # evaluation waits for the GPU anyway
         on_batch()
     model.train(was_training)
     total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()

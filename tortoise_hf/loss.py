@@ -1,63 +1,47 @@
-"""Next-token cross-entropy of the two heads, as sums and counts.
+"""Next-token cross-entropy of the two heads over a micro-batch, as sums and counts.
 
 Sums instead of means, because the mean belongs to the whole optimizer step: all micro-batches of all processes. Only
 then do 1×8, 2×4 accumulated and 2 processes × 4 clips give the same gradient when clips differ in length.
 """
-
-# B batch · T text tokens · C mel codes · V vocabulary
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from tortoise_hf.data.collate import IGNORE_INDEX
+from tortoise_hf.data.collate import Batch
 
 
 @dataclass
 class LossSums:
-    """Cross-entropy summed over targets, in nats, with the number of targets; scalars on the model's device."""
+    """Cross-entropy summed over targets, in nats, with the number of targets."""
 
     text: torch.Tensor
+    """Float64 scalar on the model's device."""
     mel: torch.Tensor
-    num_text: torch.Tensor
-    num_mel: torch.Tensor
+    num_text: int
+    num_mel: int
 
     def counts(self) -> torch.Tensor:
-        """(2,) float64: text and mel targets."""
-        return torch.stack([self.num_text, self.num_mel]).to(torch.float64)
+        """(2,) float64 on the device: text and mel targets."""
+        # Filled in there: a copy from the host would be waited for.
+        return torch.stack([self.text.new_full((), number) for number in (self.num_text, self.num_mel)])
 
     def values(self) -> torch.Tensor:
         """(4,) float64, detached: text sum, mel sum, text targets, mel targets; ready to be summed over processes."""
-        return torch.cat([torch.stack([self.text, self.mel]).detach().to(torch.float64), self.counts()])
+        return torch.cat([torch.stack([self.text, self.mel]).detach(), self.counts()])
 
 
-def gpt_loss(
-    text_logits: torch.Tensor, mel_logits: torch.Tensor, text_targets: torch.Tensor, mel_targets: torch.Tensor
-) -> LossSums:
-    """Cross-entropy sums of both heads.
+def gpt_loss(model: torch.nn.Module, batch: Batch) -> LossSums:
+    """Forward pass over a micro-batch, and what it costs.
 
     Args:
-        text_logits: (B, T, V_text) before softmax.
-        mel_logits: (B, C, V_mel) likewise.
-        text_targets: (B, T) ids, `IGNORE_INDEX` where nothing is asked.
-        mel_targets: (B, C) likewise.
-
-    Returns:
-        Sums in nats and target counts. Computed in float32 whatever the logits' type.
+        model: a `TortoiseGPT`, wrapped or not.
+        batch: on its device.
     """
-    return LossSums(
-        text=_sum_cross_entropy(text_logits, text_targets),
-        mel=_sum_cross_entropy(mel_logits, mel_targets),
-        num_text=(text_targets != IGNORE_INDEX).sum(),
-        num_mel=(mel_targets != IGNORE_INDEX).sum(),
-    )
-
-
-def _sum_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    losses = model(**batch.model_inputs())
+    return LossSums(losses.text, losses.mel, batch.num_text_targets, batch.num_mel_targets)
 
 
 def weighted_mean(sums: LossSums, counts: torch.Tensor, text_weight: float, mel_weight: float) -> torch.Tensor:

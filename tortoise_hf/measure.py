@@ -184,8 +184,7 @@ class _Probe:
         started = time.perf_counter()
         batch = batch.to(self.device)
         with self.accelerator.autocast():
-            output = self.model(**batch.model_inputs())
-        sums = gpt_loss(output.text_logits, output.mel_logits, batch.text_targets, batch.mel_targets)
+            sums = gpt_loss(self.model, batch)
         optim = self.cfg.optim
         weighted_mean(sums, sums.counts(), optim.text_loss_weight, optim.mel_loss_weight).backward()
         self._wait()

@@ -30,6 +30,7 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.lora import widen
 from tortoise_hf.loss import gpt_loss
 from tortoise_hf.machine import set_gradient_checkpointing
+from tortoise_hf.models.cross_entropy import largest_piece
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.models.pretrained import RELEASED_BASE
 from tortoise_hf.optimizer_state import MOMENT_BYTES
@@ -38,7 +39,8 @@ from tortoise_hf.units import format_bytes
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEVICE = "cuda"
 _LOGIT_GRADIENTS = 2
-"""Float32 copies of the mel logits that the backward pass begins with: the gradient behind the softmax and before."""
+"""Float32 copies of the last piece of mel logits that the backward pass begins with: the gradient behind the softmax
+and before."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def step_memory(
         micro_batch_size: clips at once.
         gradient_checkpointing: whether activations are recomputed.
     """
-    batch = _longest(cfg, sizes, micro_batch_size)
+    batch = longest_batch(cfg, sizes, micro_batch_size)
     with torch.device("meta"), initialization.no_init_weights():
         model = TortoiseGPT(sizes)
     if cfg.lora.rank > 0:
@@ -81,20 +83,18 @@ def step_memory(
                 setattr(module, name, torch.nn.Parameter(_shape_of(value), requires_grad=value.requires_grad))
             for name, value in module.named_buffers(recurse=False):
                 setattr(module, name, _shape_of(value))
-        inputs = {name: _shape_of(value) for name, value in batch.model_inputs().items()}
+        batch = batch.map(_shape_of)
         weights = _bytes(model.parameters())
         trained = [value for value in model.parameters() if value.requires_grad]
         before = tally.live
         tally.highest = before
         with _autocast(PRECISIONS[mixed_precision]):
-            output = model(**inputs)
-            targets = [_shape_of(one) for one in (batch.text_targets, batch.mel_targets)]
-            sums = gpt_loss(output.text_logits, output.mel_logits, *targets)
+            sums = gpt_loss(model, batch)
             growth = tally.live - before
-            logits = 4 * output.mel_logits.numel()
-            recomputed = _largest_block(model, inputs, output, tally) if gradient_checkpointing else 0
+            logits = 4 * largest_piece(batch.num_mel_targets, sizes.mel_vocabulary)
+            recomputed = _largest_block(model, batch, tally) if gradient_checkpointing else 0
             activations = max(tally.highest - before, growth + max(_LOGIT_GRADIENTS * logits, recomputed))
-        del output, sums
+        del sums
     return StepMemory(
         weights,
         _bytes(trained),
@@ -142,7 +142,7 @@ def _sizes(base: str) -> GPTConfig:
     return GPTConfig.from_pretrained(config.parent)
 
 
-def _longest(cfg: Config, sizes: GPTConfig, count: int) -> Batch:
+def longest_batch(cfg: Config, sizes: GPTConfig, count: int) -> Batch:
     """As many clips as `count`, all of the greatest length, as the collator makes a micro-batch of them."""
     num_codes = min(cfg.data.max_samples // SAMPLES_PER_CODE + 1, sizes.max_mel_tokens)
     frames = int(cfg.data.conditioning_seconds * SAMPLE_RATE) // HOP_LENGTH + 1
@@ -155,27 +155,25 @@ def _longest(cfg: Config, sizes: GPTConfig, count: int) -> Batch:
     return Collator.for_model(sizes, cfg.data.padding)([example] * count)
 
 
-def _largest_block(model: TortoiseGPT, inputs: dict[str, Any], output: Any, tally: _Tally) -> int:
+def _largest_block(model: TortoiseGPT, batch: Batch, tally: _Tally) -> int:
     """What one block leaves for its backward pass when it is computed once more."""
-    clips, width = inputs["conditioning_mel"].flatten(0, 1), model.config.hidden_size
-    positions = 1 + output.text_logits.shape[1] + output.mel_logits.shape[1]
-    rows = {
-        model.gpt.h[0]: torch.zeros(len(output.latents), positions, width, device=_DEVICE, requires_grad=True),
-        model.conditioning_encoder.attn[0]: torch.zeros(
-            len(clips), width, clips.shape[-1], device=_DEVICE, requires_grad=True
-        ),
+    clips, width = batch.conditioning_mel.flatten(0, 1), model.config.hidden_size
+    inputs = {
+        model.gpt.h[0]: ((1, batch.packing.num_positions, width), {"packing": batch.packing}),
+        model.conditioning_encoder.attn[0]: ((len(clips), width, clips.shape[-1]), {}),
     }
     largest = 0
-    for block, hidden in rows.items():
+    for block, (shape, options) in inputs.items():
+        hidden = torch.zeros(*shape, device=_DEVICE, requires_grad=True)
         before = tally.live
-        answer = block.forward(hidden)
+        answer = block.forward(hidden, **options)
         largest = max(largest, tally.live - before)
         del answer
     return largest
 
 
-def _shape_of(value: Any) -> Any:
-    return torch.zeros(value.shape, dtype=value.dtype, device=_DEVICE) if torch.is_tensor(value) else value
+def _shape_of(value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(value.shape, dtype=value.dtype, device=_DEVICE)
 
 
 def _bytes(tensors: Any) -> int:

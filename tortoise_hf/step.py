@@ -197,8 +197,7 @@ def _backward(
         # until everybody has got through: a process that runs out of memory half-way can then tell the others.
         last = shards_weights(accelerator) and index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**batch.model_inputs())
-            sums = gpt_loss(output.text_logits, output.mel_logits, batch.text_targets, batch.mel_targets)
+            sums = gpt_loss(model, batch)
             loss = step_loss(cfg, sums, step_counts, len(batches), accelerator.num_processes)
             accelerator.backward(loss)
         values.append(sums.values())

@@ -8,7 +8,6 @@ from transformers import TrainerState
 
 from tortoise_hf.callbacks.run_log import LOG_NAME
 from tortoise_hf.config import Config
-from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.export import ExportReport
 from tortoise_hf.latents import CLIPS_FOLDER
 from tortoise_hf.models.checkpoint_formats import fits_tortoise
@@ -21,12 +20,11 @@ LEVEL = 0.005
 """Relative change of the eval loss that counts as none."""
 
 
-def opening_lines(cfg: Config, run: Run, model: TortoiseGPT, batches: TrainBatches) -> str:
-    """Size of the model, padding, and where the run begins; the plan has said the rest."""
+def opening_lines(cfg: Config, run: Run, model: TortoiseGPT) -> str:
+    """Size of the model and where the run begins; the plan has said the rest."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"Model: {parameters:,} trained parameters, {_start(cfg)}; "
-        f"{batches.sampler.padding_share():.1%} of the positions it sees are padding.",
+        f"Model: {parameters:,} trained parameters, {_start(cfg)}.",
     ]
     if run.finished_step is not None:
         lines.append(f"{run.output_dir} is complete.")

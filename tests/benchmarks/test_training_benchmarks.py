@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDEN, REPOSITORY, golden_gpt
 from safetensors.torch import load_file
 
+from tortoise_hf.models.attention import PACKED_SDPA
 from tortoise_hf.models.dvae import DVAE, DVAEConfig
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 
@@ -73,7 +74,8 @@ class TestReferenceStep:
         assert not torch.equal(gpt.mel_head.weight, before)
         assert gpt.gpt.h[0].mlp.act is activation
         assert not gpt.gpt.h[0].gradient_checkpointing
-        assert gpt.gpt.config._attn_implementation == "sdpa"
+        assert gpt.config._attn_implementation == "sdpa"
+        assert gpt.gpt.config._attn_implementation == PACKED_SDPA
 
 
 def test_operations_are_those_that_torch_counts(benchmark):
@@ -139,6 +141,17 @@ def test_train_step(benchmark, tmp_path):
     assert result["environment"]["threads"] >= 1
     assert not {"hostname", "node", "user"} & set(result["environment"])
     assert result["matrix_operations_per_second"]["float32"] > 1e8
+
+
+def test_packing(benchmark, tmp_path):
+    arguments = ["--size", "tiny", "--micro_batch_size", "4", "--repeats", "1", "--device", "cpu"]
+    result = benchmark("packing").main([*arguments, "--json", str(tmp_path / "numbers.json")])
+    assert json.loads((tmp_path / "numbers.json").read_text()) == result
+    padded, packed = result["rows"]
+    assert padded["positions"] > packed["positions"]
+    assert packed["padding_share"] == 0 < padded["padding_share"] < 0.3
+    assert padded["mel_loss_in_training"] == pytest.approx(packed["mel_loss_in_training"], rel=0.05), "but for dropout"
+    assert result["padded_over_packed"] > 0
 
 
 def test_prepare(benchmark, tmp_path):

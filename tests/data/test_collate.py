@@ -114,7 +114,8 @@ def test_padding_with_stop_is_the_reference_trainers():
     assert batch.text_inputs.tolist() == [[255, *row[:-1]] for row in golden["out.ref.text_targets"].tolist()]
     assert batch.mel_inputs.tolist() == [[256, *row[:-1]] for row in golden["out.ref.mel_targets"].tolist()]
     assert torch.equal(batch.conditioning_mel, golden["in.cond_mels"])
-    assert batch.text_lengths is None
+    assert batch.text_lengths.tolist() == [14, 14], "what is filled in counts as well"
+    assert batch.mel_lengths.tolist() == [22, 22]
     assert (batch.num_text_targets, batch.num_mel_targets) == (2 * 14, 2 * 22)
 
 
@@ -135,10 +136,10 @@ def test_a_batch_moves_as_a_whole_and_feeds_the_model():
     moved = batch.to("meta")
     assert moved.text_targets.device.type == moved.conditioning_mel.device.type == "meta"
     assert moved.num_mel_targets == batch.num_mel_targets
-    names = {"text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows", "text_lengths", "num_positions"}
-    assert set(batch.model_inputs()) == names
-    assert batch.num_positions == 1 + (9 + 3) + (30 + 1)
-    assert collator("stop")([example(9, 30)]).to("meta").text_lengths is None
+    assert moved.packing.order.device.type == moved.packing.boundaries.device.type == "meta"
+    assert moved.packing.row_lengths == batch.packing.row_lengths == (1 + (9 + 3) + (30 + 1), 1 + (4 + 3) + (5 + 1))
+    names = {"text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows"}
+    assert set(batch.model_inputs()) == names | {"packing", "text_targets", "mel_targets"}
 
 
 def test_a_collator_travels_to_worker_processes():

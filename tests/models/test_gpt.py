@@ -1,4 +1,4 @@
-"""GPT: the golden vectors of the released implementation, its key names, compact rows, precision and checkpointing."""
+"""GPT: the golden vectors of the released implementation, its key names, precision and checkpointing."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from tortoise_hf.models.gpt import (
     ConditioningAttention,
     GPTConfig,
     TortoiseGPT,
-    compact_order,
     num_norm_groups,
-    take_positions,
 )
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -178,9 +176,7 @@ class TestNotTheForksSemantics:
     def test_inputs_are_left_alone(self, model, golden, rows):
         """F1: the fork multiplies the caller's lengths in place."""
         inputs = [*(row.clone() for row in rows), golden["in.cond_mels"].clone()]
-        lengths = torch.tensor([14, 9])
-        model(*inputs[:2], conditioning_mel=inputs[2], text_lengths=lengths)
-        assert lengths.tolist() == [14, 9]
+        model(*inputs[:2], conditioning_mel=inputs[2])
         for after, before in zip(inputs, [*rows, golden["in.cond_mels"]], strict=True):
             assert torch.equal(after, before)
 
@@ -235,119 +231,6 @@ def random_rows(config, generator, text_lengths, mel_lengths):
         text[row, num_text:] = config.stop_text_id
         mel[row, num_mel:] = config.stop_mel_id
     return text, mel
-
-
-class TestCompactRows:
-    TEXT_LENGTHS = (14, 3, 9, 1)
-    MEL_LENGTHS = (5, 22, 13, 30)
-
-    @pytest.fixture
-    def batch(self, config):
-        generator = torch.Generator().manual_seed(1)
-        text, mel = random_rows(config, generator, self.TEXT_LENGTHS, self.MEL_LENGTHS)
-        clips = torch.randn(4, 2, 80, 12, generator=generator)
-        return text, mel, clips, torch.tensor(self.TEXT_LENGTHS)
-
-    @pytest.mark.parametrize("cut", [False, True])
-    @pytest.mark.parametrize("extra", [0, 7])
-    def test_each_row_equals_the_row_alone(self, model, config, batch, extra, cut):
-        text, mel, clips, lengths = batch
-        text = nn.functional.pad(text, (0, extra), value=config.stop_text_id)
-        mel = nn.functional.pad(mel, (0, extra), value=config.stop_mel_id)
-        longest = 1 + max(map(sum, zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True)))
-        assert longest < 1 + text.shape[1] + mel.shape[1]
-        positions = longest if cut else None
-        together = model(text, mel, conditioning_mel=clips, text_lengths=lengths, num_positions=positions)
-        assert together.text_logits.shape[:2] == text.shape
-        assert together.mel_logits.shape[:2] == together.latents.shape[:2] == mel.shape
-        for row, (num_text, num_mel) in enumerate(zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True)):
-            one = slice(row, row + 1)
-            alone = model(text[one, :num_text], mel[one, :num_mel], conditioning_mel=clips[one])
-            for got, expected in zip(together, alone, strict=True):
-                length = num_text if got is together.text_logits else num_mel
-                torch.testing.assert_close(got[one, :length], expected, atol=1e-5, rtol=0)
-
-    def test_a_shared_conditioning_equals_one_of_each_rows_own(self, model, batch):
-        text, mel, clips, lengths = batch
-        heard = torch.tensor([1, 0, 1, 1])
-        results = []
-        for conditioning in (
-            {"conditioning_mel": clips[heard]},
-            {"conditioning_mel": clips[:2], "conditioning_rows": heard},
-        ):
-            model.zero_grad()
-            output = model(text, mel, text_lengths=lengths, **conditioning)
-            output.mel_logits[0].square().sum().backward()
-            gradient = model.conditioning_encoder.init.weight.grad
-            results.append((output.mel_logits, gradient / gradient.abs().max()))
-        torch.testing.assert_close(*(logits for logits, _ in results), atol=1e-5, rtol=0)
-        torch.testing.assert_close(*(gradient for _, gradient in results), atol=1e-5, rtol=0)
-        assert (results[0][0][1] - results[0][0][2]).abs().max() > 1e-3
-
-    def test_padding_and_neighbours_have_no_say(self, model, batch):
-        text, mel, clips, lengths = batch
-        before = model(text, mel, conditioning_mel=clips, text_lengths=lengths)
-        text, mel, clips = text.clone(), mel.clone(), clips.clone()
-        for row, (num_text, num_mel) in enumerate(zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True)):
-            text[row, num_text:], mel[row, num_mel:] = 77, 88
-        text[3, 0], mel[3, 5], clips[3] = 78, 99, 1.0
-        after = model(text, mel, conditioning_mel=clips, text_lengths=lengths)
-        for row in range(3):
-            num_text, num_mel = self.TEXT_LENGTHS[row], self.MEL_LENGTHS[row]
-            assert torch.allclose(before.text_logits[row, :num_text], after.text_logits[row, :num_text], atol=1e-5)
-            assert torch.allclose(before.mel_logits[row, :num_mel], after.mel_logits[row, :num_mel], atol=1e-5)
-        assert not torch.allclose(before.mel_logits[3], after.mel_logits[3], atol=1e-2)
-
-    def test_without_lengths_padding_does_have_a_say(self, model, config, batch):
-        """The released layout, and the reason for the compact one."""
-        text, mel, clips, lengths = batch
-        padded = model(text, mel, conditioning_mel=clips)
-        compact = model(text, mel, conditioning_mel=clips, text_lengths=lengths)
-        assert torch.allclose(padded.mel_logits[0, :5], compact.mel_logits[0, :5], atol=1e-5)
-        assert not torch.allclose(padded.mel_logits[1, :22], compact.mel_logits[1, :22], atol=1e-2)
-
-    def test_full_lengths_are_the_released_layout(self, model, golden, rows):
-        lengths = torch.full((2,), rows[0].shape[1])
-        plain = model(*rows, conditioning_mel=golden["in.cond_mels"])
-        compact = model(*rows, conditioning_mel=golden["in.cond_mels"], text_lengths=lengths)
-        assert all(torch.equal(one, other) for one, other in zip(plain, compact, strict=True))
-
-    def test_gradients_equal_those_of_the_rows_alone(self, model, config, batch):
-        text, mel, clips, lengths = batch
-
-        def loss(output, row, num_text, num_mel):
-            return output.text_logits[row, :num_text].square().sum() + output.mel_logits[row, :num_mel].square().sum()
-
-        together = model(text, mel, conditioning_mel=clips, text_lengths=lengths)
-        sizes = list(zip(self.TEXT_LENGTHS, self.MEL_LENGTHS, strict=True))
-        sum(loss(together, row, *size) for row, size in enumerate(sizes)).backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-        model.zero_grad()
-        for row, (num_text, num_mel) in enumerate(sizes):
-            one = slice(row, row + 1)
-            alone = model(text[one, :num_text], mel[one, :num_mel], conditioning_mel=clips[one])
-            loss(alone, 0, num_text, num_mel).backward()
-        for name, parameter in model.named_parameters():
-            scale = parameter.grad.abs().max()
-            torch.testing.assert_close(gradients[name] / scale, parameter.grad / scale, atol=1e-5, rtol=0, msg=name)
-
-    def test_order_by_hand(self):
-        """Conditioning c, text a b (one real of three), mel x y: the padding p q moves to the end."""
-        order, inverse = compact_order(torch.tensor([1, 3]), text_size=3, mel_size=2)
-        assert order.tolist() == [[0, 1, 4, 5, 2, 3], [0, 1, 2, 3, 4, 5]]
-        assert inverse.tolist() == [[0, 1, 4, 5, 2, 3], [0, 1, 2, 3, 4, 5]]
-
-    @pytest.mark.parametrize("text_size, mel_size", [(1, 1), (5, 2), (4, 9)])
-    def test_the_two_orders_undo_each_other(self, text_size, mel_size):
-        lengths = torch.arange(1, text_size + 1)
-        order, inverse = compact_order(lengths, text_size, mel_size)
-        numbers = torch.arange(1 + text_size + mel_size).expand(text_size, -1)
-        rows = numbers.unsqueeze(-1).float()
-        assert torch.equal(take_positions(take_positions(rows, order), inverse), rows)
-        for row, length in enumerate(lengths.tolist()):
-            mel = list(range(1 + text_size, 1 + text_size + mel_size))
-            padding = list(range(1 + length, 1 + text_size))
-            assert order[row].tolist() == [*range(1 + length), *mel, *padding]
 
 
 class TestArchitecture:
@@ -439,18 +322,10 @@ class TestPrecisionAndMemory:
         for implementation in ("sdpa", "eager"):
             model = TortoiseGPT._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
             model.load_state_dict(state)
-            assert model.gpt.config._attn_implementation == implementation
-            lengths = torch.tensor([14, 9])
-            outputs[implementation] = model(*rows, conditioning_mel=golden["in.cond_mels"], text_lengths=lengths)
+            assert model.gpt.config._attn_implementation.removeprefix("packed_") == implementation
+            outputs[implementation] = model(*rows, conditioning_mel=golden["in.cond_mels"])
         for one, other in zip(outputs["sdpa"], outputs["eager"], strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-    def test_sdpa_is_the_default_and_needs_no_mask(self, model, golden, rows):
-        assert model.gpt.config._attn_implementation == "sdpa"
-        masks = []
-        model.gpt.h[0].register_forward_pre_hook(lambda module, args: masks.append(args[2]))
-        model(*rows, conditioning_mel=golden["in.cond_mels"], text_lengths=torch.tensor([14, 9]))
-        assert masks == [None]
 
     @pytest.mark.parametrize("dropout", [0.0, 0.1])
     def test_gradient_checkpointing_gives_the_same_gradients(self, config, state, golden, rows, dropout):
@@ -465,7 +340,7 @@ class TestPrecisionAndMemory:
             calls = []
             model.gpt.h[0].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
             torch.manual_seed(3)
-            output = model(*rows, conditioning_mel=golden["in.cond_mels"], text_lengths=torch.tensor([14, 9]))
+            output = model(*rows, conditioning_mel=golden["in.cond_mels"])
             sum(released_losses(output, golden)).backward()
             gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
             recomputed.append(len(calls))
@@ -476,7 +351,7 @@ class TestPrecisionAndMemory:
     @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.25), (torch.float16, 0.03)])
     def test_autocast(self, model, golden, rows, dtype, limit):
         with torch.autocast("cpu", dtype=dtype):
-            output = model(*rows, conditioning_mel=golden["in.cond_mels"], text_lengths=torch.tensor([14, 14]))
+            output = model(*rows, conditioning_mel=golden["in.cond_mels"])
             text_loss, mel_loss = released_losses(output, golden)
         difference = (output.mel_logits.float().transpose(1, 2) - golden["out.ref.mel_logits"]).abs().max()
         assert 0 < difference < limit

@@ -1,8 +1,9 @@
-"""A few examples become one padded batch: inputs and targets of both rows, lengths, conditioning.
+"""A few examples become one batch: inputs and targets of both rows, where they go, conditioning.
 
-Two ways to pad. `mask`: every row is its own text or codes and one STOP, and padding counts for nothing. `stop`:
-padding is filled with STOP tokens that count like any other, as the reference trainer does it; a clip's loss then
-depends on its neighbours, so this is for comparisons only.
+Two ways to treat rows of unequal length. `mask`: every row is its own text or codes and one STOP; ids are padded to be
+stacked, but the model computes real positions alone (see packing.py). `stop`: what lies behind a row is filled with
+STOP tokens that count like any other, as the reference trainer does it; a clip's loss then depends on its neighbours,
+so this is for comparisons only.
 """
 
 # B batch · N conditionings, at most B · K conditioning clips · T text positions · C mel positions · F mel frames
@@ -10,13 +11,14 @@ depends on its neighbours, so this is for comparisons only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
+from tortoise_hf.data.packing import IGNORE_INDEX, Packing, pack
 from tortoise_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
     from tortoise_hf.data.conditioning import ConditioningDraws
     from tortoise_hf.data.sampler import Draw
     from tortoise_hf.models.gpt import GPTConfig
-
-IGNORE_INDEX = -100
-"""Target of positions that count for nothing; PyTorch's default for cross-entropy."""
 
 
 @dataclass
@@ -95,8 +94,8 @@ class Batch:
     """(B, T) int64."""
     text_targets: torch.Tensor
     """(B, T) int64, `IGNORE_INDEX` where nothing is asked."""
-    text_lengths: torch.Tensor | None
-    """(B,) int64 real positions of the text row; None if all T are."""
+    text_lengths: torch.Tensor
+    """(B,) int64 real positions of the text row."""
     mel_inputs: torch.Tensor
     """(B, C) int64."""
     mel_targets: torch.Tensor
@@ -109,34 +108,37 @@ class Batch:
     """(B,) int64 which of them each row hears; None if every row has its own."""
     indices: torch.Tensor
     """(B,) int64 rows of the examples."""
-    num_positions: int | None
-    """Positions of the longest row when text and mel part stand without a gap; None if the rows are not compact."""
+    packing: Packing
+    """Where the real positions go."""
     num_text_targets: int
     """Text targets that count."""
     num_mel_targets: int
     """Mel targets that count."""
 
-    def model_inputs(self) -> dict[str, torch.Tensor | int | None]:
+    def model_inputs(self) -> dict[str, torch.Tensor | Packing | None]:
         """What the GPT's forward takes, by name."""
-        names = ("text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows", "text_lengths", "num_positions")
+        names = ("text_inputs", "mel_inputs", "conditioning_mel", "conditioning_rows")
+        names += ("packing", "text_targets", "mel_targets")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for faster copies to a GPU; `DataLoader` calls this."""
-        return self._map(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
-    def _map(self, function: Any) -> Batch:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with other tensors."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        values = {name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        return Batch(**values | {"packing": self.packing.map(function)})
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples to the longest of their micro-batch."""
+    """Stacks examples, padded to the longest of their micro-batch, and says where each position goes."""
 
     start_text_id: int
     stop_text_id: int
@@ -181,13 +183,13 @@ class Collator:
         return Batch(
             text_inputs=text.inputs,
             text_targets=text.targets,
-            text_lengths=text.lengths if self.padding == "mask" else None,
+            text_lengths=text.lengths,
             mel_inputs=mel.inputs,
             mel_targets=mel.targets,
             mel_lengths=mel.lengths,
             **_conditioning(examples),
             indices=torch.tensor([example.index for example in examples]),
-            num_positions=1 + int((text.lengths + mel.lengths).max()) if self.padding == "mask" else None,
+            packing=pack(text.lengths, mel.lengths, text.targets, mel.targets),
             num_text_targets=int((text.targets != IGNORE_INDEX).sum()),
             num_mel_targets=int((mel.targets != IGNORE_INDEX).sum()),
         )

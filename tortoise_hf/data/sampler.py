@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 POOL_CLIPS = 256
-"""Clips sorted by length together. Larger pools pad less, smaller ones mix lengths better. At 256, rows with LJSpeech's
-lengths have 1.6 % of padding in steps of 128 clips and micro-batches of 8, and 4 % in steps of 8."""
+"""Clips sorted by length together. Larger pools make micro-batches of more equal lengths, smaller ones mix lengths
+better in a step. At 256, padding rows with LJSpeech's lengths would add 1.6 % in steps of 128 clips and micro-batches
+of 8, and 4 % in steps of 8."""
 
 LENGTH_JITTER = 0.05
 """Share by which lengths are blurred before sorting. Without it a dataset smaller than a pool would form the same steps
-in every epoch; 5 % halves the pairs of clips that meet again and adds about 1 % of padding."""
+in every epoch; 5 % halves the pairs of clips that meet again and adds about 1 % to what padding would."""
 
 
 class Draw(NamedTuple):
@@ -129,8 +130,8 @@ class StepSampler:
     def deal(self, clips: np.ndarray) -> list[list[np.ndarray]]:
         """Share one step's clips out: for every process its micro-batches, some perhaps empty.
 
-        Micro-batches are neighbours in the order of length, so they pad little; the k-th ones of all processes are as
-        long as each other, and the processes take turns at the longer ones.
+        Micro-batches are neighbours in the order of length; the k-th ones of all processes are as long as each other,
+        and the processes take turns at the longer ones.
         """
         clips = self._by_length(clips)
         num_rounds = -(-len(clips) // (self.micro_batch_size * self.num_processes))
@@ -182,7 +183,11 @@ class StepSampler:
                 yield from micro_batches
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Share of all positions that are padding, over all processes; rows of weight 0 are padding as a whole."""
+        """Share of all positions that would be padding if rows were padded to the longest of their micro-batch.
+
+        Over all processes; rows of weight 0 are padding as a whole. Training pads nothing on a CPU, and nothing but
+        attention on a GPU.
+        """
         total = 0
         for clips in self.global_steps(epoch):
             shortest = self.lengths[clips].min()

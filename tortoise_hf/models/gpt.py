@@ -1,10 +1,12 @@
 """The autoregressive model: text and a speaker's conditioning go in, logits over mel codes (and over text) come out.
 
 One causal GPT-2 stack reads ``[conditioning vector][text row][mel row]``. Key names and constants are those of the
-released ``autoregressive.pth``, so its tensors load without renaming; `GPTConfig`'s defaults are its sizes.
+released ``autoregressive.pth``, so its tensors load without renaming; `GPTConfig`'s defaults are its sizes. In training
+the rows of a micro-batch stand one behind the other (see data/packing.py), and each attends to itself alone.
 """
 
-# B batch · K conditioning clips · F mel frames · T text positions · C mel positions · L = 1 + T + C · D hidden size
+# B batch · K conditioning clips · F mel frames · T text positions · C mel positions · D hidden size
+# N real positions of all rows of a packed micro-batch
 
 from __future__ import annotations
 
@@ -15,6 +17,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2Model, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tortoise_hf.data.packing import Packing
+from tortoise_hf.models.attention import PACKED_SDPA
+from tortoise_hf.models.cross_entropy import sum_cross_entropy
 
 
 class GPTConfig(PreTrainedConfig):
@@ -102,7 +108,7 @@ class GPTConfig(PreTrainedConfig):
 
 
 class GPTOutput(NamedTuple):
-    """What `TortoiseGPT` returns. Entry i of a row is the state after reading input i, so it predicts input i + 1."""
+    """What `TortoiseGPT` makes of rows. Entry i of a row is the state after input i, so it predicts input i + 1."""
 
     text_logits: torch.Tensor
     """(B, T, text_vocabulary) before softmax."""
@@ -110,6 +116,13 @@ class GPTOutput(NamedTuple):
     """(B, C, mel_vocabulary) before softmax."""
     latents: torch.Tensor
     """(B, C, D) output of `final_norm` on the mel row; what the diffusion model reads."""
+
+
+class GPTLosses(NamedTuple):
+    """Cross-entropy of a packed micro-batch, summed over the targets that count; float64 scalars in nats."""
+
+    text: torch.Tensor
+    mel: torch.Tensor
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -177,7 +190,7 @@ class ConditioningEncoder(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each position of a row, counted from 0."""
+    """A learned vector for each position of a row, counted from 0; `emb` gives those of single positions."""
 
     def __init__(self, num_positions: int, hidden_size: int) -> None:
         super().__init__()
@@ -229,6 +242,11 @@ class GPT2Stack(GPT2Model):
         """There are none; transformers asks before it switches gradient checkpointing on."""
         return None
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What transformers would take, but for its "sdpa" the one that knows packed rows as well."""
+        found = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        return PACKED_SDPA if found == "sdpa" else found
+
 
 class TortoiseGPT(PreTrainedModel):
     """TorToiSe's autoregressive model; the one that is trained."""
@@ -238,7 +256,6 @@ class TortoiseGPT(PreTrainedModel):
     main_input_name = "text_inputs"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
     _no_split_modules = ["GPT2Block", "ConditioningAttention"]  # noqa: RUF012
 
     def __init__(self, config: GPTConfig) -> None:
@@ -295,14 +312,15 @@ class TortoiseGPT(PreTrainedModel):
         conditioning_mel: torch.Tensor | None = None,
         conditioning_latent: torch.Tensor | None = None,
         conditioning_rows: torch.Tensor | None = None,
-        text_lengths: torch.Tensor | None = None,
-        num_positions: int | None = None,
-    ) -> GPTOutput:
-        """Logits of every text and mel position.
+        packing: Packing | None = None,
+        text_targets: torch.Tensor | None = None,
+        mel_targets: torch.Tensor | None = None,
+    ) -> GPTOutput | GPTLosses:
+        """Logits of every text and mel position, or, of a packed micro-batch, the losses that it trains with.
 
-        With `text_lengths` a row's mel part follows its last real text position and its text padding moves behind the
-        mel part, where causal attention keeps it out of sight. A row's real positions then depend neither on how far it
-        was padded nor on its neighbours in the batch. Mel padding is behind everything real anyway.
+        With `packing` a row's mel part follows its last real text position, and padding is nowhere. What a row gives
+        then depends neither on how far it was padded nor on its neighbours. Heads are asked only where a target counts.
+        The losses are taken here and not by the caller because sharded weights are whole only inside of this method.
 
         Args:
             text_inputs: (B, T) ids, START and STOP included; nothing is added to them.
@@ -311,12 +329,13 @@ class TortoiseGPT(PreTrainedModel):
             conditioning_latent: (B, D) from `encode_conditioning`, or (1, D) for all rows.
             conditioning_rows: (B,) which of N conditionings each row hears, each of which is encoded once; None: row i
                 hears the i-th.
-            text_lengths: (B,) real positions of each text row, between 1 and T; None means all T, the released layout.
-            num_positions: with `text_lengths`, positions of the longest row in that layout (conditioning vector, text
-                and mel part); what lies behind them is padding in every row and is not computed. None: all 1 + T + C.
+            packing: of these rows and targets, on the same device; None: every position is real, the released layout.
+            text_targets: (B, T) ids; only with `packing`, which knows those that count.
+            mel_targets: (B, C) ids, likewise.
 
-        Returns: GPTOutput; at padded positions its values mean nothing.
-        Raises: ValueError: if a row is longer than its position table, or not exactly one conditioning is given.
+        Returns: GPTLosses with `packing`, else GPTOutput.
+        Raises: ValueError: if a row is longer than its position table, not exactly one conditioning is given, or the
+            stack's attention doesn't know packed rows.
         """
         if (conditioning_mel is None) == (conditioning_latent is None):
             raise ValueError("give either conditioning_mel or conditioning_latent, and not both")
@@ -329,24 +348,41 @@ class TortoiseGPT(PreTrainedModel):
             conditioning_latent = self.encode_conditioning(conditioning_mel)
         if conditioning_rows is not None:
             conditioning_latent = conditioning_latent[conditioning_rows]
+        conditioning = conditioning_latent.expand(len(text_inputs), -1)
+        if packing is None:
+            return self._logits(text_inputs, mel_inputs, conditioning)
+        hidden = self._packed_states(text_inputs, mel_inputs, conditioning, packing)
+        text_targets = text_targets.flatten()[packing.text_targets]
+        mel_targets = mel_targets.flatten()[packing.mel_targets]
+        text_states = self.final_norm(hidden.index_select(0, packing.text_askers))
+        mel_states = self.final_norm(hidden.index_select(0, packing.mel_askers))
+        return GPTLosses(
+            sum_cross_entropy(self.text_head, text_states, text_targets, self.config.text_vocabulary),
+            sum_cross_entropy(self.mel_head, mel_states, mel_targets, self.config.mel_vocabulary),
+        )
+
+    def _logits(self, text_inputs: torch.Tensor, mel_inputs: torch.Tensor, conditioning: torch.Tensor) -> GPTOutput:
         text = self.text_embedding(text_inputs) + self.text_pos_embedding(text_inputs)
         mel = self.mel_embedding(mel_inputs) + self.mel_pos_embedding(mel_inputs)
-        conditioning = conditioning_latent.to(text.dtype).expand(text.shape[0], -1).unsqueeze(1)
-        rows = torch.cat([conditioning, text, mel], dim=1)
-
-        if text_lengths is not None:
-            order, inverse = compact_order(text_lengths, text_inputs.shape[1], mel_inputs.shape[1])
-            if num_positions is not None:
-                # Padded places past the cut read the last position instead; nobody looks at them.
-                order, inverse = order[:, :num_positions], inverse.clamp(max=num_positions - 1)
-            rows = take_positions(rows, order)
+        rows = torch.cat([conditioning.to(text.dtype).unsqueeze(1), text, mel], dim=1)
         hidden = self.gpt(inputs_embeds=rows, use_cache=False).last_hidden_state
-        if text_lengths is not None:
-            hidden = take_positions(hidden, inverse)
-
         hidden = self.final_norm(hidden[:, 1:])
         text_hidden, latents = hidden.split([text_inputs.shape[1], mel_inputs.shape[1]], dim=1)
         return GPTOutput(self.text_head(text_hidden), self.mel_head(latents), latents)
+
+    def _packed_states(
+        self, text_inputs: torch.Tensor, mel_inputs: torch.Tensor, conditioning: torch.Tensor, packing: Packing
+    ) -> torch.Tensor:
+        """(N, D) before `final_norm`."""
+        implementation = self.gpt.config._attn_implementation
+        if implementation != PACKED_SDPA:
+            raise ValueError(f'attention "{implementation}" would look across the rows of a packed micro-batch')
+        text = self.text_embedding(text_inputs.flatten()[packing.text])
+        text = text + self.text_pos_embedding.emb(packing.text % text_inputs.shape[1])
+        mel = self.mel_embedding(mel_inputs.flatten()[packing.mel])
+        mel = mel + self.mel_pos_embedding.emb(packing.mel % mel_inputs.shape[1])
+        row = torch.cat([conditioning.to(text.dtype), text, mel]).index_select(0, packing.order)
+        return self.gpt(inputs_embeds=row.unsqueeze(0), use_cache=False, packing=packing).last_hidden_state[0]
 
     def latents(
         self, text_ids: torch.Tensor, mel_codes: torch.Tensor, conditioning_latent: torch.Tensor
@@ -368,28 +404,3 @@ class TortoiseGPT(PreTrainedModel):
         mel_inputs = pad(pad(mel_codes, (1, 0), value=self.config.start_mel_id), (0, 1), value=self.config.stop_mel_id)
         output = self(text_inputs, mel_inputs, conditioning_latent=conditioning_latent)
         return output.latents[:, : mel_codes.shape[1]]
-
-
-def compact_order(text_lengths: torch.Tensor, text_size: int, mel_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the padding of ``[conditioning][text][mel]`` rows moves from behind the text to behind the mel part.
-
-    Args:
-        text_lengths: (B,) real text positions of each row.
-        text_size: T.
-        mel_size: C.
-
-    Returns: two (B, L) permutations: the padded index of each compact position, and the reverse.
-    """
-    lengths = text_lengths.unsqueeze(1)
-    position = torch.arange(1 + text_size + mel_size, device=text_lengths.device).unsqueeze(0)
-    padding = text_size - lengths
-    order = torch.where(position <= lengths, position, position + padding)
-    order = torch.where(position > lengths + mel_size, position - mel_size, order)
-    inverse = torch.where(position <= lengths, position, position + mel_size)
-    inverse = torch.where(position > text_size, position - padding, inverse)
-    return order, inverse
-
-
-def take_positions(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Row-wise selection: (B, L, D) and (B, L) indices to (B, L, D)."""
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
