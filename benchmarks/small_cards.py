@@ -84,7 +84,11 @@ def take_steps(cfg: Config, accelerator: Accelerator, args: argparse.Namespace) 
         optimizer.zero_grad()
     wait_for(device)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    return {"trained": trained, "clips_at_once": len(batches[0].indices), "positions": batches[0].num_positions}
+    return {
+        "trained": trained,
+        "clips_at_once": len(batches[0].indices),
+        "positions": batches[0].packing.row_lengths[0],
+    }
 
 
 def main(argv: list[str] | None = None) -> dict:

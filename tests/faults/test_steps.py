@@ -29,18 +29,22 @@ class LimitedMemory:
     """Makes the model fail above a number of rows, as if a device had no room for them."""
 
     def __init__(self, rows, ranks=(0, 1), backward=False):
-        self.rows, self.ranks, self.backward = rows, ranks, backward
+        self.rows, self.ranks, self.backward, self.found = rows, ranks, backward, 0
 
     def __call__(self, parts):
         if parts["accelerator"].process_index not in self.ranks:
             return
+        parts["model"].gpt.register_forward_pre_hook(self.count, with_kwargs=True)
         if self.backward:
             parts["model"].mel_head.register_full_backward_pre_hook(self.check)
         else:
             parts["model"].mel_head.register_forward_pre_hook(self.check)
 
+    def count(self, module, args, kwargs):
+        self.found = len(kwargs["packing"].row_lengths)
+
     def check(self, module, values):
-        if module.training and len(values[0]) > self.rows:
+        if module.training and self.found > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (pretended)")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tortoise_hf.errors import UserError
 from tortoise_hf.hub import pull_voice
-from tortoise_hf.hub.conditioning import write_clips, write_latents
+from tortoise_hf.hub.conditioning import map_gpt, write_clips, write_latents
 from tortoise_hf.hub.publish import push_run
 from tortoise_hf.latents import diffusion_latent, gpt_latent
 from tortoise_hf.models.chain import load_part
@@ -95,8 +95,8 @@ def test_the_diffusion_model_is_heard_too_where_it_is_at_hand(tmp_path):
     voice = make_tiny_voice(tmp_path / "voice", SENTENCES)
     write_wav(voice / "conditioning" / "clip-1.wav", 3.0)
     without = shutil.copytree(voice, tmp_path / "without")
-    write_latents(voice, chain)
-    write_latents(without, None)
+    write_latents(voice, lambda: map_gpt(voice), chain)
+    write_latents(without, lambda: map_gpt(without))
     expected = diffusion_latent([voice / "conditioning" / "clip-1.wav"], load_part("diffusion", chain / "diffusion"))
     stored, lacking = (load_file(folder / "latents.safetensors") for folder in (voice, without))
     assert torch.equal(stored["diffusion"], expected)
@@ -112,7 +112,7 @@ def test_latents_a_user_stored_are_left_alone(tmp_path):
     voice = make_tiny_voice(tmp_path / "voice", SENTENCES)
     write_wav(voice / "conditioning" / "clip-1.wav", 3.0)
     (voice / "latents.safetensors").write_bytes(b"mine")
-    write_latents(voice)
+    write_latents(voice, lambda: pytest.fail("the GPT is not needed"))
     assert (voice / "latents.safetensors").read_bytes() == b"mine"
 
 
