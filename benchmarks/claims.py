@@ -67,17 +67,18 @@ def write_recordings(folder: Path, own_clip: bool) -> Path:
 
 
 def write_voices(corpus: Path, folder: Path) -> Path:
-    """A list of some speakers of the base's corpus, beside its recordings."""
+    """Some speakers of the base's corpus, with their recordings."""
     header, *lines = (corpus / "metadata.csv").read_text(encoding="utf-8").splitlines()
     kinds: dict[str, list[str]] = {}
     for speaker in sorted({line.rsplit("|", 1)[1] for line in lines}):
         kinds.setdefault(speaker.rsplit("-", 1)[0], []).append(speaker)
     taking_turns = (speaker for each in itertools.zip_longest(*kinds.values()) for speaker in each if speaker)
     chosen = set(itertools.islice(taking_turns, NUM_VOICES))
-    folder.mkdir(exist_ok=True)
-    if not (folder / "wavs").exists():
-        (folder / "wavs").symlink_to((corpus / "wavs").resolve())
     kept = [header, *(line for line in lines if line.rsplit("|", 1)[1] in chosen)]
+    (folder / "wavs").mkdir(parents=True, exist_ok=True)
+    for line in kept[1:]:
+        name = line.split("|", 1)[0]
+        shutil.copyfile(corpus / name, folder / name)
     (folder / "metadata.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")
     return folder
 
