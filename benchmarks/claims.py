@@ -25,7 +25,7 @@ BASE = REPOSITORY / "examples" / "demo_base"
 CONFIG = REPOSITORY / "configs" / "demo.yaml"
 HELD_OUT = 8
 """Every clip whose number divides by this is kept back from training."""
-NUM_VOICES = 24
+NUM_VOICES = 16
 """Speakers of the base's corpus that the demo voice is told from, of all kinds alike."""
 TEMPERATURE = 0.3
 """Of the codes: low, so that what a model has learnt counts more than luck."""
