@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,8 @@ def in_words() -> Iterator[None]:
         sentence = explain(error)
         if sentence is None:
             raise
+        if _names_a_worker(error):
+            _forget_workers()
         raise UserError(sentence) from error
 
 
@@ -61,8 +64,7 @@ def explain(error: BaseException) -> str | None:
             f"Out of memory outside the training step ({text}). Lower training.eval_batch_size and "
             f"training.micro_batch_size, or set model.gradient_checkpointing true. {GO_ON}"
         )
-    # A worker that dies while it hands a batch over is noticed by its closed connection.
-    if "DataLoader worker" in text or "ancdata" in text or isinstance(error, (ConnectionResetError, EOFError)):
+    if _names_a_worker(error):
         return (
             f"A process that collates batches died ({text}); the usual cause is too little memory. Lower "
             f"data.num_workers; 0 needs no such process. {GO_ON}"
@@ -75,6 +77,23 @@ def explain(error: BaseException) -> str | None:
     if torch.distributed.is_initialized() and any(mark in text for mark in _LOST_PROCESS):
         return f"Another process of this run ended or can't be reached ({text}); its own message says why. {GO_ON}"
     return None
+
+
+def _names_a_worker(error: BaseException) -> bool:
+    # One that dies while it hands a batch over is noticed by its closed connection.
+    text = str(error)
+    return "DataLoader worker" in text or "ancdata" in text or isinstance(error, (ConnectionResetError, EOFError))
+
+
+def _forget_workers() -> None:
+    """Keep torch, which tidies up after its workers at exit, from printing tracebacks about the one that is gone."""
+    say = sys.unraisablehook
+
+    def hook(failure: sys.UnraisableHookArgs) -> None:
+        if "DataLoaderIter" not in getattr(failure.object, "__qualname__", ""):
+            say(failure)
+
+    sys.unraisablehook = hook
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -164,7 +164,8 @@ class Meter:
             return {}
         values = self.accelerator.reduce(self.values, reduction="sum").tolist()
         seconds = time.perf_counter() - self._started - self._excluded
-        return {"steps": self.steps, "clips": self.clips, "values": values, "seconds": seconds}
+        interval = {"steps": self.steps, "clips": self.clips, "values": values, "seconds": seconds}
+        return {**interval, "grad_norms": self.grad_norms.tolist()}
 
     def restore(self, interval: dict[str, float | list[float]]) -> None:
         """Go on with an interval out of a checkpoint, or start a new one if it is empty."""
@@ -174,7 +175,9 @@ class Meter:
             self._excluded = -interval["seconds"]
             # The sums hold every process's part already: one process takes them over, the others add nothing.
             share = interval["values"] if self.accelerator.is_main_process else [0.0] * 4
-            self.values = torch.tensor(share, dtype=torch.float64, device=self.accelerator.device)
+            device = self.accelerator.device
+            self.values = torch.tensor(share, dtype=torch.float64, device=device)
+            self.grad_norms = torch.tensor(interval["grad_norms"], dtype=torch.float64, device=device)
 
     def add(self, result: StepResult, num_clips: int) -> None:
         """Count one optimizer step of `num_clips` clips (all processes together)."""

@@ -153,8 +153,8 @@ def check_equal(whole: Path, broken: Path) -> None:
     assert log_of(whole) == log_of(broken)
     assert [entry for entry in log_of(broken) if "eval_loss" in entry][-1]["step"] == STEPS
     assert json.loads((broken / "run.json").read_text())["finished_step"] == STEPS
-    names = {path.name for path in broken.iterdir()}
-    assert names == {path.name for path in whole.iterdir()}
+    left, expected = (sorted(path.name for path in folder.iterdir()) for folder in (broken, whole))
+    assert left == expected, f"{left} instead of {expected}"
     exported = (whole / "export" / "model.safetensors").read_bytes()
     assert (broken / "export" / "model.safetensors").read_bytes() == exported
 

@@ -94,3 +94,34 @@ def test_killed_and_resumed_equals_unbroken(tmp_path, kind, processes, rank):
     assert log_of(broken) == log_of(whole)
     for one, two in zip(results, resumed, strict=True):
         assert torch.equal(one["random"], two["random"])
+
+
+def test_checkpoints_that_a_killed_process_left_are_deleted_though_no_step_is_to_be_done(tmp_path):
+    folder = tmp_path / "run"
+    run(tmp_path / "1", train_tiny, config_of(folder, training__save_total_limit=9))
+    assert len(list(folder.glob("checkpoint-*"))) > 2
+    result = run(tmp_path / "2", train_tiny, config_of(folder, training__save_total_limit=1))[0]
+    best = [entry for entry in result["state"] if "eval_loss" in entry]
+    best = min((entry for entry in best if entry["step"] > 0), key=lambda entry: entry["eval_loss"])
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-7", f"checkpoint-{best['step']}"}
+
+
+class KillAtTheEnd(TrainerCallback):
+    """Kills its process after the last step is saved and before it is logged."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_the_end(parts):
+    parts["callbacks"].append(KillAtTheEnd())
+
+
+def test_killed_between_the_last_save_and_its_log_line(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(tmp_path / "1", train_tiny, config_of(whole))
+    killed = start(tmp_path / "2", train_tiny, config_of(broken), 9, kill_at_the_end)
+    assert killed.wait() == [-signal.SIGKILL]
+    run(tmp_path / "3", train_tiny, config_of(broken))
+    assert log_of(broken) == log_of(whole)

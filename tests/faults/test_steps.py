@@ -6,7 +6,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import TrainerCallback
 from faults.harness import log_of, run, start
 from faults.test_resume import FSDP, KillAfter, assert_equal_checkpoints, config_of, files_of, kill_after_5
 from faults.tiny import train_tiny
+from tortoise_hf.errors import UserError
+from tortoise_hf.faults import in_words
 
 
 def final_eval(result):
@@ -236,3 +240,15 @@ class BackwardsThenKilled:
     def __call__(self, parts):
         turn_back_the_clock(parts)
         kill_after_5(parts)
+
+
+def test_a_dead_loader_worker_leaves_no_traceback_at_exit(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with pytest.raises(UserError, match="died"), in_words():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    of_loader = SimpleNamespace(object=torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__del__)
+    of_another = SimpleNamespace(object=print)
+    sys.unraisablehook(of_loader)
+    sys.unraisablehook(of_another)
+    assert told == [of_another]

@@ -62,9 +62,11 @@ class CheckpointCallback(TrainerCallback):
         self._save(args, state, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the last step if it isn't on disk."""
+        """Save the last step if it isn't on disk; delete what a process left that was killed after its last save."""
         if self.saved_step != state.global_step:
             self._save(args, state, **kwargs)
+        else:
+            self._rotate(args, state)
 
     def _save(self, args: Any, state: Any, *, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any) -> None:
         output_dir = Path(args.output_dir)
@@ -72,5 +74,8 @@ class CheckpointCallback(TrainerCallback):
             state.best_model_checkpoint = f"checkpoint-{state.global_step}"
         save_checkpoint(output_dir, self.accelerator, model, optimizer, lr_scheduler, state, args.optimizer_state)
         self.saved_step = state.global_step
+        self._rotate(args, state)
+
+    def _rotate(self, args: Any, state: Any) -> None:
         if self.accelerator.is_main_process:
-            rotate_checkpoints(output_dir, self.keep_last, {state.best_model_checkpoint or ""})
+            rotate_checkpoints(Path(args.output_dir), self.keep_last, {state.best_model_checkpoint or ""})
