@@ -36,6 +36,8 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py --device cpu --json $(BENCH)/train_step.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_step.py --device cpu --size released --clips 512 \
 	  --micro_batches 1 --micro_batch_size 4 --repeats 1 --warm_up 0 --json $(BENCH)/train_step_released.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/packing.py --device cpu --json $(BENCH)/packing.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profile_step.py --device cpu --json $(BENCH)/profile_step.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prepare.py --device cpu --size released --clips 32 --batches 1 8 \
 	  --num_proc 1 2 --json $(BENCH)/prepare.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/end_to_end.py --device cpu --json $(BENCH)/end_to_end.json

@@ -7,6 +7,7 @@ recognizer can tell whether a spoken sentence came out as it was written.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from dataclasses import dataclass, field
 
 from tortoise_hf.text import clean_text
 
-NUM_DEMO_SENTENCES = 120
-"""What the demo voice reads: some five minutes."""
+NUM_DEMO_SENTENCES = 300
+"""What the demo voice reads: nearly a quarter of an hour."""
+NUM_DEMO_ALONE = 120
+"""Of these, nobody else reads them; the others are also among those that the base's speakers read."""
 NUM_UNSEEN_SENTENCES = 100
 """Texts that neither the base nor the demo voice has read, to ask a trained voice for."""
 
@@ -153,7 +156,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Three sets that share no sentence."""
+    """Three sets; `unseen` shares no sentence with the others."""
 
     demo: list[Sentence]
     """For the demo voice."""
@@ -180,9 +183,10 @@ def draw_sentences(seed: int = 0) -> Sentences:
     """Draw the three sets. Every template is used equally often; the same seed gives the same sentences."""
     rng = random.Random(seed)
     sentences = _distinct_sentences(rng)
-    demo = [next(sentences) for _ in range(NUM_DEMO_SENTENCES)]
+    alone = [next(sentences) for _ in range(NUM_DEMO_ALONE)]
     unseen = [next(sentences) for _ in range(NUM_UNSEEN_SENTENCES)]
-    return Sentences(demo, unseen, sentences)
+    shared = [next(sentences) for _ in range(NUM_DEMO_SENTENCES - NUM_DEMO_ALONE)]
+    return Sentences(alone + shared, unseen, itertools.chain(shared, sentences))
 
 
 def _distinct_sentences(rng: random.Random) -> Iterator[Sentence]:

@@ -154,6 +154,17 @@ def test_packing(benchmark, tmp_path):
     assert result["padded_over_packed"] > 0
 
 
+def test_profile_step(benchmark, tmp_path):
+    arguments = ["--size", "tiny", "--micro_batch_size", "2", "--repeats", "2", "--device", "cpu", "--least", "0.02"]
+    result = benchmark("profile_step").main([*arguments, "--json", str(tmp_path / "numbers.json")])
+    assert json.loads((tmp_path / "numbers.json").read_text()) == result
+    rows = {row["operation"]: row for row in result["rows"]}
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert all(row["share"] >= 0.02 for name, row in rows.items() if name != "the rest")
+    assert rows["aten::mm"]["calls_per_step"] > 10
+    assert sum(row["seconds_per_step"] for row in rows.values()) == pytest.approx(result["seconds_per_step"])
+
+
 def test_prepare(benchmark, tmp_path):
     arguments = ["--size", "tiny", "--clips", "3", "--seconds", "0.8", "--batches", "2", "--device", "cpu"]
     result = benchmark("prepare").main([*arguments, "--json", str(tmp_path / "numbers.json")])

@@ -32,10 +32,12 @@ def accepts():
     return lambda words: language.fullmatch(" ".join(words)) is not None
 
 
-def test_the_three_sets_share_no_sentence_and_repeat_none(drawn):
-    assert [len(sentences) for sentences in drawn] == [120, 100, 6000]
-    spoken = [sentence.words for sentences in drawn for sentence in sentences]
-    assert len(set(spoken)) == len(spoken)
+def test_unseen_texts_are_in_no_other_set_and_no_set_repeats_one(drawn):
+    demo, unseen, corpus = ([sentence.words for sentence in sentences] for sentences in drawn)
+    assert [len(demo), len(unseen), len(corpus)] == [300, 100, 6000]
+    assert all(len(set(sentences)) == len(sentences) for sentences in (demo, unseen, corpus))
+    assert set(unseen).isdisjoint([*demo, *corpus])
+    assert len(set(demo) - set(corpus)) == 120
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_others(drawn):

@@ -71,7 +71,7 @@ def test_no_clip_is_silent_or_clipped(rows):
 
 
 def test_the_folder_stays_small():
-    assert sum(path.stat().st_size for path in VOICE.rglob("*") if path.is_file()) < 5_000_000
+    assert sum(path.stat().st_size for path in VOICE.rglob("*") if path.is_file()) < 10_000_000
 
 
 def test_texts_are_what_the_domain_says(rows):
