@@ -57,7 +57,9 @@ base: $(INSTALLED)
 	$(BIN)/python scripts/train_dvae.py --config configs/small_dvae.yaml --data.root $(BASE)/corpus --training.output_dir $(BASE)/dvae
 	$(BIN)/python scripts/make_demo_base.py start --corpus $(BASE)/corpus --dvae $(BASE)/dvae --output $(BASE)/start --overwrite
 	$(BIN)/python scripts/train.py --config configs/small_base.yaml
-	$(BIN)/python scripts/make_demo_base.py ship --run $(BASE)/gpt --output examples/demo_base --overwrite
+	$(BIN)/python scripts/train.py --config configs/small_base.yaml --model.base $(BASE)/gpt/export --model.from_scratch false \
+	  --training.output_dir $(BASE)/gpt_2 --training.max_steps 3500 --optim.learning_rate 6e-4 --optim.warmup_steps 100
+	$(BIN)/python scripts/make_demo_base.py ship --run $(BASE)/gpt_2 --output examples/demo_base --overwrite
 
 claims: $(INSTALLED)
 	$(BIN)/python benchmarks/claims.py --output runs/claims --voices $(BASE)/corpus

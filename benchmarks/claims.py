@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "own-clip": {},
     "plain": {"training.micro_batch_size": 1, "training.eval_batch_size": 1},
     "shared conditioning": {"data.conditioning_group": 8},
-    "larger steps": {"optim.learning_rate": 2e-4},
+    "larger steps": {"optim.learning_rate": 8e-4},
     "from scratch": {"model.from_scratch": True, "optim.learning_rate": 1e-3},
 }
 """What each run differs in. Padding that counts as stops, as in the reference trainer; every clip conditioned on itself
