@@ -5,8 +5,8 @@
 Every run trains the demo voice for the demo's steps, on the same clips, from the same seed. Then all of them speak the
 texts the voice never read, as a preview, and are judged as scripts/evaluate.py judges: by a recogniser with the demo's
 grammar, by whether they end, by whom they sound like. Held-out losses are all measured in the same way, on the same
-clips, whatever a run was trained on. `docs/why.md` shows the table. Takes the `evaluate` extra, and about half an hour
-on two cores; runs and speech that are there already are not made again.
+clips, whatever a run was trained on. `docs/why.md` shows the table. Takes the `evaluate` extra, and about an hour on
+two cores; runs and speech that are there already are not made again.
 """
 
 from __future__ import annotations
