@@ -2,8 +2,8 @@
 # make test   set up, then check the code and run the tests
 # make bench  set up, then measure training and preparation on this machine's CPU; a GPU: benchmarks/gpu_all.sh
 # make docs   set up, then build the documentation as a site; a broken link is an error
-# make base   make the demo's base anew, from text to weights: two and a half hours on two cores; needs flite, espeak-ng, a compiler
-# make claims train the demo in several ways and compare how they speak: an hour; needs what make base leaves
+# make base   make the demo's base anew, from text to weights: hours on two cores; needs flite, espeak-ng, a compiler
+# make claims train the demo in several ways and compare how they speak: an hour or more; needs what make base leaves
 # make clean  delete the demo run, so that the next make demo begins anew
 
 PYTHON ?= python3

@@ -5,13 +5,14 @@
 Every run trains the demo voice for the demo's steps, on the same clips, from the same seed. Then all of them speak the
 texts the voice never read, as a preview, and are judged as scripts/evaluate.py judges: by a recogniser with the demo's
 grammar, by whether they end, by whom they sound like. Held-out losses are all measured in the same way, on the same
-clips, whatever a run was trained on. `docs/why.md` shows the table. Takes the `evaluate` extra, and about an hour on
+clips, whatever a run was trained on. `docs/why.md` shows the table. Takes the `evaluate` extra, and an hour or more on
 two cores; runs and speech that are there already are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import shutil
@@ -165,6 +166,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--max_steps", type=int, help="optimizer steps (the demo's)")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args(argv)
+    # What judging takes is looked for now, not after an hour of training.
+    if args.num_texts and importlib.util.find_spec("pocketsphinx") is None:
+        parser.error("pocketsphinx isn't installed: pip install -c constraints.txt -e '.[evaluate]', or --num_texts 0")
+    if args.voices is not None and not (args.voices / "metadata.csv").is_file():
+        parser.error(f"--voices: {args.voices} holds no metadata.csv; make base makes the corpus, or leave it out.")
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
 

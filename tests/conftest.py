@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 from pathlib import Path
@@ -41,6 +42,13 @@ def reference_path(name: str) -> Path:
 def repository() -> Path:
     """Top folder of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a benchmark as it is run: with its own folder in front of the search path."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module
 
 
 def golden_gpt(dropout: float = 0.0):

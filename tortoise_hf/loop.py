@@ -168,9 +168,9 @@ class Meter:
         return {**interval, "grad_norms": self.grad_norms.tolist()}
 
     def restore(self, interval: dict[str, float | list[float]]) -> None:
-        """Go on with an interval out of a checkpoint, or start a new one if it is empty."""
+        """Go on with an interval out of a checkpoint, or start a new one if it isn't whole."""
         self.reset()
-        if interval:
+        if "grad_norms" in interval:  # checkpoints of earlier versions lack them
             self.steps, self.clips = interval["steps"], interval["clips"]
             self._excluded = -interval["seconds"]
             # The sums hold every process's part already: one process takes them over, the others add nothing.

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
-from conftest import REPOSITORY
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a benchmark as it is run: with its own folder in front of the search path."""
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    return importlib.import_module
 
 
 def test_every_stage_is_measured(benchmark, tmp_path):

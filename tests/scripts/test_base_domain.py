@@ -43,7 +43,7 @@ def test_unseen_texts_are_in_no_other_set_and_no_set_repeats_one(drawn):
 def test_the_same_seed_draws_the_same_and_another_seed_others(drawn):
     assert draw_sentences(0).demo == drawn[0]
     assert draw_sentences(0).unseen == drawn[1]
-    assert len(set(draw_sentences(1).demo) & set(drawn[0])) < 30
+    assert set(draw_sentences(1).demo[:120]).isdisjoint(drawn[0][:120])
 
 
 def test_what_is_spoken_is_what_our_cleaning_makes_of_the_printed_form(drawn):
