@@ -13,6 +13,9 @@ DEMO := runs/demo
 BENCH := runs/bench
 BASE := runs/base
 
+# Some images forbid it; every program started here, and the tests start hundreds, would then compile its packages anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint bench docs base claims clean
 .DELETE_ON_ERROR:
 

@@ -36,17 +36,16 @@ def conditioning(config: GPTConfig, frames: int) -> int:
     return first + (layers - 1) * whole + last
 
 
-def training(config: GPTConfig, rows: list[tuple[int, int]], num_windows: int, frames: int) -> int:
+def training(config: GPTConfig, rows: list[tuple[int, int]], windows: list[int]) -> int:
     """Forward and backward pass over rows.
 
     Args:
         config: of the GPT.
         rows: text and mel targets of each; a row is as long as both and the conditioning vector.
-        num_windows: conditioning windows, all rows together.
-        frames: of a window.
+        windows: frames of each conditioning window, all rows together, but for silence that repeats itself.
     """
     forward = sum(stack(config, 1 + text + mel) + heads(config, text, mel) for text, mel in rows)
-    return FORWARD_AND_BACKWARD * (forward + num_windows * conditioning(config, frames))
+    return FORWARD_AND_BACKWARD * (forward + sum(conditioning(config, frames) for frames in windows))
 
 
 def dvae_encoding(config: DVAEConfig, num_codes: int) -> int:

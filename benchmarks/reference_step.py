@@ -29,8 +29,9 @@ from transformers.activations import ACT2FN
 from tortoise_hf.audio import SAMPLE_RATE, LogMel, load_mel_norms, load_waveform
 from tortoise_hf.config import OptimConfig
 from tortoise_hf.machine import set_gradient_checkpointing
+from tortoise_hf.models.conditioning import ConditioningAttention
 from tortoise_hf.models.dvae import DVAE
-from tortoise_hf.models.gpt import ConditioningAttention, GPTConfig, TortoiseGPT
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.optim import clip_gradients, parameter_groups
 from tortoise_hf.text import TextTokenizer, clean_training_text
 

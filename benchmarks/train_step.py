@@ -51,6 +51,7 @@ from tortoise_hf.data.conditioning import ConditioningDraws
 from tortoise_hf.data.loader import TrainBatches
 from tortoise_hf.data.sampler import Draw, StepSampler
 from tortoise_hf.machine import set_gradient_checkpointing
+from tortoise_hf.models.conditioning import ClipRow
 from tortoise_hf.models.dvae import DVAE
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.optim import build_optimizer
@@ -124,7 +125,6 @@ class Trainer:
         draws = ConditioningDraws(
             examples, synthetic.random_norms(), args.conditioning_clips, args.conditioning_seconds
         )
-        self.window_frames = draws.num_frames
         self.dataset, self.lengths = ExampleDataset(examples, draws), np.array(examples["num_positions"])
         self.grouped = {group: self._typical_micro_batches(group) for group in (1, *args.conditioning_group)}
         chosen = [draw for one in self.grouped[1] for draw in one]
@@ -203,13 +203,15 @@ class Trainer:
         set_gradient_checkpointing(self.model, variant.checkpointing)
 
     def _count(self, batches: list[Batch]) -> Work:
-        rows, windows = [], 0
+        rows, windows = [], []
         for batch in batches:
             for text, mel in zip(batch.text_targets, batch.mel_targets, strict=True):
                 rows.append((int((text != IGNORE_INDEX).sum()), int((mel != IGNORE_INDEX).sum())))
-            windows += batch.conditioning_mel.flatten(0, -3).shape[0]
+            mels = batch.conditioning_mel.flatten(0, 1)
+            row = ClipRow.find(mels)
+            windows += [mels.shape[-1]] * len(mels) if row is None else row.lengths
         positions = sum(batch.packing.num_positions for batch in batches)
-        return Work(positions, flops.training(self.config, rows, windows, self.window_frames))
+        return Work(positions, flops.training(self.config, rows, windows))
 
     def reference(self) -> Callable[[], None]:
         """A turn of the reference, with the same weights and optimizer."""
@@ -224,7 +226,7 @@ class Trainer:
         rows = [(int(text) + 2, num_codes(int(samples)) + 1)
                 for text, samples in zip(self.shapes.num_text_ids, self.shapes.num_samples, strict=True)]  # fmt: skip
         frames = CONDITIONING_SAMPLES // HOP_LENGTH + 1
-        operations = flops.training(self.config, rows, CONDITIONING_CLIPS * len(rows), frames)
+        operations = flops.training(self.config, rows, [frames] * CONDITIONING_CLIPS * len(rows))
         self.work[REFERENCE] = Work(sum(positions), operations)
 
         def turn() -> None:

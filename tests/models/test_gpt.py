@@ -16,12 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tortoise_hf.models.gpt import (
-    ConditioningAttention,
-    GPTConfig,
-    TortoiseGPT,
-    num_norm_groups,
-)
+from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 SIZES = tuple(GPTConfig.__annotations__)
@@ -179,46 +174,6 @@ class TestNotTheForksSemantics:
         model(*inputs[:2], conditioning_mel=inputs[2])
         for after, before in zip(inputs, [*rows, golden["in.cond_mels"]], strict=True):
             assert torch.equal(after, before)
-
-
-class TestConditioningAttention:
-    def test_answers_for_the_first_frames_are_those_of_all(self):
-        torch.manual_seed(0)
-        block = ConditioningAttention(64, 4)
-        hidden = torch.randn(2, 64, 11)
-        torch.testing.assert_close(block(hidden, num_answers=3), block(hidden)[:, :, :3], atol=1e-6, rtol=0)
-
-    def test_equals_the_formula_spelled_out(self):
-        """Heads first, then query, key, value; scale head ** -0.25 on both; softmax over frames."""
-        torch.manual_seed(0)
-        channels, heads, frames = 64, 4, 11
-        block = ConditioningAttention(channels, heads)
-        hidden = torch.randn(2, channels, frames)
-        qkv = block.qkv(block.norm(hidden)).reshape(2 * heads, 3 * channels // heads, frames)
-        query, key, value = qkv.split(channels // heads, dim=1)
-        scale = (channels // heads) ** -0.25
-        weights = torch.softmax(torch.einsum("bct,bcs->bts", query * scale, key * scale), dim=-1)
-        attended = torch.einsum("bts,bcs->bct", weights, value).reshape(2, channels, frames)
-        torch.testing.assert_close(block(hidden), hidden + block.proj_out(attended), atol=1e-5, rtol=0)
-
-    @pytest.mark.parametrize("channels, groups", [(16, 8), (48, 16), (64, 16), (240, 16), (512, 32), (1024, 32)])
-    def test_norm_groups(self, channels, groups):
-        assert num_norm_groups(channels) == groups
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_group_norm_is_float32(self, dtype, monkeypatch):
-        norm = ConditioningAttention(64, 4).norm.to(dtype)
-        group_norm, seen = nn.functional.group_norm, []
-
-        def watched(hidden, groups, weight, bias, eps):
-            seen.append((hidden.dtype, weight.dtype, bias.dtype, eps))
-            return group_norm(hidden, groups, weight, bias, eps)
-
-        monkeypatch.setattr(nn.functional, "group_norm", watched)
-        hidden = (1000 + 300 * torch.randn(1, 64, 50)).to(dtype)
-        output = norm(hidden)
-        assert (output.dtype, seen) == (dtype, [(*[torch.float32] * 3, 1e-5)])
-        torch.testing.assert_close(output.double(), group_norm(hidden.double(), 16), atol=0.02, rtol=0.02)
 
 
 def random_rows(config, generator, text_lengths, mel_lengths):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from tortoise_hf.models.gpt import GroupNorm32, num_norm_groups
+from tortoise_hf.models.conditioning import GroupNorm32, num_norm_groups
 
 NUM_TIMESTEPS = 4000
 """Noise levels the network was trained on, 0 the cleanest."""

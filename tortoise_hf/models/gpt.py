@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2Model, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tortoise_hf.data.packing import Packing
 from tortoise_hf.models.attention import PACKED_SDPA
+from tortoise_hf.models.conditioning import ConditioningEncoder
 from tortoise_hf.models.cross_entropy import sum_cross_entropy
 
 
@@ -125,70 +125,6 @@ class GPTLosses(NamedTuple):
     mel: torch.Tensor
 
 
-class GroupNorm32(nn.GroupNorm):
-    """Group norm computed in float32 whatever the precision of its input and weights."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the normalised hidden states, in the input's precision."""
-        normed = nn.functional.group_norm(
-            hidden.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
-        )
-        return normed.to(hidden.dtype)
-
-
-def num_norm_groups(channels: int) -> int:
-    """Groups TorToiSe uses for so many channels: 32, fewer for narrow layers, halved until they divide."""
-    groups = 8 if channels <= 16 else 16 if channels <= 64 else 32
-    while channels % groups:
-        groups //= 2
-    return groups
-
-
-class ConditioningAttention(GradientCheckpointingLayer):
-    """Full self-attention over the frames of a conditioning clip; (N, D, F) to the same."""
-
-    def __init__(self, channels: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = GroupNorm32(num_norm_groups(channels), channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, hidden: torch.Tensor, num_answers: int | None = None) -> torch.Tensor:
-        """Return ``hidden + attention``: the residual is the input as it came, not its normalised form.
-
-        With `num_answers` only that many frames are answered for, the first ones: (N, D, num_answers).
-        """
-        clips, channels, frames = hidden.shape
-        # The channels are split into heads first and into query, key, value inside each head.
-        heads = self.qkv(self.norm(hidden)).view(clips, self.num_heads, 3, channels // self.num_heads, frames)
-        query, key, value = heads.transpose(3, 4).unbind(2)
-        # Its kernels take the softmax in float32; the default scale equals TorToiSe's head ** -0.25 on both sides.
-        attended = nn.functional.scaled_dot_product_attention(query[:, :, :num_answers], key, value)
-        attended = attended.transpose(2, 3).reshape(clips, channels, -1)
-        return hidden[:, :, :num_answers] + self.proj_out(attended)
-
-
-class ConditioningEncoder(nn.Module):
-    """Mel spectrogram of one clip to the vector that tells the GPT who speaks: (N, bins, F) to (N, D)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.init = nn.Conv1d(config.num_mel_bins, config.hidden_size, 1)
-        blocks = (
-            ConditioningAttention(config.hidden_size, config.num_heads) for _ in range(config.num_conditioning_layers)
-        )
-        self.attn = nn.Sequential(*blocks)
-
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """Return the state of the first frame, which has attended to all others."""
-        *blocks, last = self.attn
-        hidden = self.init(mel)
-        for block in blocks:
-            hidden = block(hidden)
-        return last(hidden, num_answers=1)[:, :, 0]
-
-
 class LearnedPositions(nn.Module):
     """A learned vector for each position of a row, counted from 0; `emb` gives those of single positions."""
 
@@ -261,7 +197,9 @@ class TortoiseGPT(PreTrainedModel):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         width = config.hidden_size
-        self.conditioning_encoder = ConditioningEncoder(config)
+        self.conditioning_encoder = ConditioningEncoder(
+            config.num_mel_bins, config.hidden_size, config.num_heads, config.num_conditioning_layers
+        )
         self.text_embedding = nn.Embedding(config.text_vocabulary, width)
         self.mel_embedding = nn.Embedding(config.mel_vocabulary, width)
         self.gpt = GPT2Stack(config)
