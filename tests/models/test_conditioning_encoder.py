@@ -134,3 +134,10 @@ class TestSilenceBehindClips:
             encoder(make_clips([12, 45]))
         encoder.bfloat16()(make_clips([12, 45]).bfloat16())
         assert seen == [(2, 64, FRAMES)] * 3
+
+    def test_frames_that_are_no_numbers_are_no_silence(self):
+        mel = make_clips([12, 45])
+        mel[1, :, -3:] = float("nan")
+        vectors = make_encoder()(mel)
+        assert vectors[0].isfinite().all()
+        assert vectors[1].isnan().all()

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tortoise_hf.data.packing import Packing
+from tortoise_hf.models.dropout import dropout as drop
 
 PACKED_SDPA = "packed_sdpa"
 """Name of the implementation. transformers makes no mask for one it doesn't know, and none is needed."""
@@ -69,10 +70,35 @@ def _by_runs(heads: tuple[torch.Tensor, ...], runs: list[tuple[int, int]], optio
     """One call for each run of equally long rows; (N, H, E)."""
     # Split, whose backward pass is one concatenation; that of slices would be a tensor of all positions for each.
     sizes, attended = [length * count for length, count in runs], []
+    ours = options["dropout_p"] > 0 and heads[0].dtype == torch.float32 and not _on_gpu(heads[0])
+    attend = _with_dropout if ours else F.scaled_dot_product_attention
     for (length, count), *parts in zip(runs, *(part[0].split(sizes, dim=1) for part in heads), strict=True):
         rows = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-        attended.append(F.scaled_dot_product_attention(*rows, **options).transpose(1, 2).flatten(0, 1))
+        attended.append(attend(*rows, **options).transpose(1, 2).flatten(0, 1))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+def _with_dropout(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """What torch's attention computes on a CPU when weights are dropped, with quicker draws and fewer passes.
+
+    Args:
+        query: (rows, H, L, E) float32.
+        key: likewise.
+        value: likewise.
+        dropout_p: of the weights.
+        is_causal: True, for there is no other use.
+        scale: of the products; None: E ** -0.5.
+    """
+    assert is_causal, "rows of a packed micro-batch are causal"
+    length, size = query.shape[2:]
+    hidden = query.new_full((length, length), float("-inf")).triu(1)
+    products = torch.baddbmm(
+        hidden, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=size**-0.5 if scale is None else scale
+    )
+    weights = drop(products.softmax(-1), dropout_p)
+    return torch.bmm(weights, value.flatten(0, 1)).view_as(query)
 
 
 def _padded(heads: tuple[torch.Tensor, ...], packing: Packing, options: dict[str, Any]) -> torch.Tensor:

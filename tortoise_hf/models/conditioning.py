@@ -43,7 +43,8 @@ class ClipRow:
 
         Returns: None if no clip ends in any.
         """
-        repeats = (mel == mel[..., -1:]).all(1).flip(1).to(torch.int64).cumprod(1).sum(1)
+        # A frame that isn't a number equals not even itself.
+        repeats = (mel == mel[..., -1:]).all(1).flip(1).to(torch.int64).cumprod(1).sum(1).clamp(min=1)
         if int(repeats.max()) == 1:
             return None
         lengths = mel.shape[-1] + 1 - repeats

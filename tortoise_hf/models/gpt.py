@@ -21,6 +21,7 @@ from tortoise_hf.data.packing import Packing
 from tortoise_hf.models.attention import PACKED_SDPA
 from tortoise_hf.models.conditioning import ConditioningEncoder
 from tortoise_hf.models.cross_entropy import sum_cross_entropy
+from tortoise_hf.models.dropout import Dropout
 
 
 class GPTConfig(PreTrainedConfig):
@@ -173,6 +174,10 @@ class GPT2Stack(GPT2Model):
         super().__init__(gpt2_config)
         del self.wte, self.wpe
         self.wpe = NoPositions()
+        self.drop = Dropout(config.dropout)
+        for block in self.h:
+            block.attn.resid_dropout = Dropout(config.dropout)
+            block.mlp.dropout = Dropout(config.dropout)
 
     def get_input_embeddings(self) -> None:
         """There are none; transformers asks before it switches gradient checkpointing on."""
