@@ -43,7 +43,7 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profile_step.py --device cpu --json $(BENCH)/profile_step.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prepare.py --device cpu --size released --clips 32 --batches 1 8 \
 	  --num_proc 1 2 --json $(BENCH)/prepare.json
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/end_to_end.py --device cpu --json $(BENCH)/end_to_end.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/end_to_end.py --device cpu --epochs 1 --json $(BENCH)/end_to_end.json
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --device cpu --json $(BENCH)/scaling.json
 
 docs: $(INSTALLED)

@@ -1,11 +1,12 @@
 """From a folder of recordings to the end of an epoch, beside the reference: whole programs, as one starts them.
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/end_to_end.py
-    python benchmarks/end_to_end.py --root DATASET --base BASE --epochs 1 3 --num_workers 8
+    python benchmarks/end_to_end.py --root DATASET --base BASE --epochs 1 3 --conditioning_group 1 --num_workers 8
 
 Every turn begins with nothing prepared: ours is scripts/train.py with a new cache, which also plans, saves a checkpoint
 and exports; the reference is reference_step.py, which saves its weights. Neither evaluates. Both make steps of the same
-number of clips. Loading Python's packages counts for both; `packages` is what that takes alone.
+number of clips. Loading Python's packages counts for both; `packages` is what that takes alone. Modules are compiled
+before the first turn, as they are after anybody's first start.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from measuring import Cost, add_common_arguments, alternate, finish, medians
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = "import accelerate, datasets, soundfile, torch, torchaudio, transformers"
+MODULES = f"{PACKAGES}, reference_step, tortoise_hf.callbacks"
+"""Nearly all that the programs load."""
 
 
 def run(command: list[str], environment: dict[str, str]) -> float:
@@ -33,7 +36,8 @@ def run(command: list[str], environment: dict[str, str]) -> float:
     Returns: processor seconds it took, with the programs it started.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    environment = os.environ | environment | {"PYTHONDONTWRITEBYTECODE": ""}  # or each start would compile its modules
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -62,12 +66,13 @@ class Programs:
 
         return run_once
 
-    def ours(self, epochs: int) -> list[str]:
+    def ours(self, epochs: int, conditioning_group: int) -> list[str]:
         """scripts/train.py without evaluation; its settings else are its own."""
         args, output = self.args, self.folder / "run"
         settings = {
             "data.root": args.root,
             "data.num_workers": args.num_workers,
+            "data.conditioning_group": conditioning_group,
             "model.base": args.base,
             "model.from_scratch": "true",
             "training.output_dir": output,
@@ -100,6 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--root", type=Path, default=REPOSITORY / "examples" / "demo_voice")
     parser.add_argument("--base", type=Path, default=REPOSITORY / "examples" / "demo_base")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--conditioning_group", type=int, nargs="+", default=[1, 8], help="data.conditioning_group")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=1)
@@ -109,10 +115,16 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory(prefix="tortoise_hf_end_to_end_") as folder:
         programs = Programs(args, Path(folder) / "turn")
         variants = {"packages": programs.turn("packages", [sys.executable, "-c", PACKAGES])}
+        beside: dict[str, str] = {}
         for epochs in args.epochs:
-            for who, make in (("reference", programs.reference), ("ours", programs.ours)):
-                name = f"{who}, {epochs} epoch{'s' * (epochs > 1)}"
-                variants[name] = programs.turn(name, make(epochs))
+            length = f"{epochs} epoch{'s' * (epochs > 1)}"
+            reference = f"reference, {length}"
+            variants[reference] = programs.turn(reference, programs.reference(epochs))
+            for group in args.conditioning_group:
+                name = f"ours, {length}" + (f", conditioning shared by {group}" if group > 1 else "")
+                variants[name] = programs.turn(name, programs.ours(epochs, group))
+                beside[name] = reference
+        run([sys.executable, "-c", MODULES], {"PYTHONPATH": str(REPOSITORY / "benchmarks")})
         costs = alternate(variants, args.repeats, device, warm_up=0)
     found: dict[str, Cost] = {}
     for name, each in costs.items():
@@ -120,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
         found[name] = medians([Cost(cost.seconds, cpu_seconds, 0) for cost, cpu_seconds in turns])
     rows = []
     for name, cost in found.items():
-        reference = found.get(name.replace("ours", "reference"), cost)
+        reference = found[beside.get(name, name)]
         rows.append(
             {
                 "what": name,

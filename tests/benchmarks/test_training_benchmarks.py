@@ -183,12 +183,16 @@ def test_scaling(benchmark, tmp_path):
 def test_end_to_end(benchmark, tmp_path, tiny_base, tiny_voice, monkeypatch):
     monkeypatch.setenv("TORTOISE_HF_CACHE", str(tmp_path / "untouched"))
     arguments = ["--root", str(tiny_voice(6)), "--base", str(tiny_base), "--epochs", "1", "--batch_size", "4"]
+    arguments += ["--conditioning_group", "1", "2"]
     result = benchmark("end_to_end").main([*arguments, "--device", "cpu", "--json", str(tmp_path / "numbers.json")])
     assert json.loads((tmp_path / "numbers.json").read_text()) == result
-    packages, reference, ours = result["rows"]
-    assert [row["what"] for row in result["rows"]] == ["packages", "reference, 1 epoch", "ours, 1 epoch"]
+    packages, reference, ours, shared = result["rows"]
+    assert [row["what"] for row in result["rows"]] == [
+        "packages", "reference, 1 epoch", "ours, 1 epoch", "ours, 1 epoch, conditioning shared by 2",
+    ]  # fmt: skip
     assert all(row["computing_seconds"] > 0 for row in result["rows"])
     assert packages["times_reference"] == reference["times_reference"] == 1
+    assert shared["times_reference"] == pytest.approx(reference["seconds"] / shared["seconds"])
     assert ours["times_reference"] == pytest.approx(reference["seconds"] / ours["seconds"])
     assert not (tmp_path / "untouched").exists()
 
