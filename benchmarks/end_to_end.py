@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--repeats", type=int, default=1)
     add_common_arguments(parser)
     args = parser.parse_args(argv)
+    if not (args.root / "metadata.csv").is_file():
+        parser.error(f"--root: {args.root} holds no metadata.csv; give a folder in LJSpeech's layout.")
     device = torch.device("cpu")  # this process itself computes nothing
     with tempfile.TemporaryDirectory(prefix="tortoise_hf_end_to_end_") as folder:
         programs = Programs(args, Path(folder) / "turn")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import _environment  # noqa: F401
 
-from tortoise_hf.cli import run
+from tortoise_hf.cli import loading_packages, run
 from tortoise_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,14 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Torch loads only here, so `--help` answers at once."""
-    from tortoise_hf.evaluation.judge import ENROLLED_CLIPS, UNSEEN_CLIPS, Task, evaluate_voices
-    from tortoise_hf.evaluation.recognition import load_recognizer
-    from tortoise_hf.evaluation.recordings import voices_in
-    from tortoise_hf.evaluation.report import REPORT_FILE
-    from tortoise_hf.evaluation.speaker_similarity import load_measure
-    from tortoise_hf.presets import choose_preset
-    from tortoise_hf.progress import progress_bar
-    from tortoise_hf.voice import choose_device
+    with loading_packages():
+        from tortoise_hf.evaluation.judge import ENROLLED_CLIPS, UNSEEN_CLIPS, Task, evaluate_voices
+        from tortoise_hf.evaluation.recognition import load_recognizer
+        from tortoise_hf.evaluation.recordings import voices_in
+        from tortoise_hf.evaluation.report import REPORT_FILE
+        from tortoise_hf.evaluation.speaker_similarity import load_measure
+        from tortoise_hf.presets import choose_preset
+        from tortoise_hf.progress import progress_bar
+        from tortoise_hf.voice import choose_device
 
     folder = choose_folder(args)
     options = {name: getattr(args, name) for name in ("num_samples", "steps", "sampler", "temperature", "max_codes")}

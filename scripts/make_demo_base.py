@@ -54,7 +54,7 @@ def start(corpus: Path, dvae: Path, output: Path, overwrite: bool = False) -> st
     _check_output(output, overwrite)
     for name in COMPANIONS[1:]:
         if not (dvae / name).exists():
-            raise UserError(f"{dvae} holds no {name}; make it with scripts/train_dvae.py --output_dir {dvae}.")
+            raise UserError(f"{dvae} holds no {name}; make it with scripts/train_dvae.py --training.output_dir {dvae}.")
     raw = read_rows(DataConfig(root=str(corpus)))
     tokenizer = train_tokenizer(raw.train["text"], VOCAB_SIZE)
     num_codes = DVAEConfig.from_pretrained(dvae / "dvae").num_codes

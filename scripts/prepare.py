@@ -20,7 +20,7 @@ from pathlib import Path
 
 import _environment  # noqa: F401
 
-from tortoise_hf.cli import load_config, run
+from tortoise_hf.cli import load_config, loading_packages, run
 from tortoise_hf.config import Config
 
 
@@ -36,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare(cfg: Config, push_to: str | None = None, plan_path: Path | None = None) -> None:
     """The first half of a run. Torch loads only here, so `--help` and a mistyped flag answer at once."""
-    from tortoise_hf.hub.dataset import push_dataset
-    from tortoise_hf.machine import describe, main_process_first, start_accelerator
-    from tortoise_hf.optim import settle_optimizer
-    from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
-    from tortoise_hf.run import REPORT_NAME, check_run_folder, write_report
+    with loading_packages():
+        from tortoise_hf.hub.dataset import push_dataset
+        from tortoise_hf.machine import describe, main_process_first, start_accelerator
+        from tortoise_hf.optim import settle_optimizer
+        from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
+        from tortoise_hf.run import REPORT_NAME, check_run_folder, write_report
 
     check_run_folder(cfg)
     accelerator = start_accelerator(cfg.training.seed)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import _environment  # noqa: F401
 
-from tortoise_hf.cli import run
+from tortoise_hf.cli import loading_packages, run
 from tortoise_hf.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,12 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def speak(args: argparse.Namespace) -> None:
     """Torch loads only here, so `--help` answers at once."""
-    import torch
+    with loading_packages():
+        import torch
 
-    from tortoise_hf.presets import choose_preset
-    from tortoise_hf.progress import progress_bar
-    from tortoise_hf.sound import check_kind, write_speeches
-    from tortoise_hf.voice import Voice
+        from tortoise_hf.presets import choose_preset
+        from tortoise_hf.progress import progress_bar
+        from tortoise_hf.sound import check_kind, write_speeches
+        from tortoise_hf.voice import Voice
 
     if args.out != "-":
         check_kind(Path(args.out))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import _environment  # noqa: F401
 
-from tortoise_hf.cli import load_config, run
+from tortoise_hf.cli import load_config, loading_packages, run
 from tortoise_hf.config import Config
 
 
@@ -25,18 +25,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fine_tune(cfg: Config) -> None:
     """The whole run, step by step. Torch loads only here, so `--help` and a mistyped flag answer at once."""
-    from tortoise_hf.callbacks import build_callbacks
-    from tortoise_hf.data.loader import build_batches
-    from tortoise_hf.hub.checkpoints import fetch_run
-    from tortoise_hf.hub.publish import check_before_training, keep_clips, push_at_end
-    from tortoise_hf.loop import train
-    from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
-    from tortoise_hf.models.pretrained import load_mel_norms
-    from tortoise_hf.optim import build_lr_scheduler, build_optimizer, settle_optimizer
-    from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
-    from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
-    from tortoise_hf.samples import open_samples
-    from tortoise_hf.summary import closing_lines, opening_lines
+    with loading_packages():
+        from tortoise_hf.callbacks import build_callbacks
+        from tortoise_hf.data.loader import build_batches
+        from tortoise_hf.hub.checkpoints import fetch_run
+        from tortoise_hf.hub.publish import check_before_training, keep_clips, push_at_end
+        from tortoise_hf.loop import train
+        from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
+        from tortoise_hf.models.pretrained import load_mel_norms
+        from tortoise_hf.optim import build_lr_scheduler, build_optimizer, settle_optimizer
+        from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
+        from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
+        from tortoise_hf.samples import open_samples
+        from tortoise_hf.summary import closing_lines, opening_lines
 
     started = time.perf_counter()
     check_run_folder(cfg)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import _environment  # noqa: F401
 
-from tortoise_hf.cli import load_config, run
+from tortoise_hf.cli import load_config, loading_packages, run
 from tortoise_hf.dvae_config import DVAERunConfig
 
 
@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train_dvae(cfg: DVAERunConfig) -> None:
     """The whole run. Torch loads only here, so `--help` and a mistyped flag answer at once."""
-    from tortoise_hf.data.mels import prepare_mels
-    from tortoise_hf.dvae_run import choose_mel_norms, finish_dvae_run, is_finished, open_dvae_run
-    from tortoise_hf.dvae_training import DVAETrainer
-    from tortoise_hf.machine import describe, main_process_first, start_accelerator
-    from tortoise_hf.run import check_run_folder
+    with loading_packages():
+        from tortoise_hf.data.mels import prepare_mels
+        from tortoise_hf.dvae_run import choose_mel_norms, finish_dvae_run, is_finished, open_dvae_run
+        from tortoise_hf.dvae_training import DVAETrainer
+        from tortoise_hf.machine import describe, main_process_first, start_accelerator
+        from tortoise_hf.run import check_run_folder
 
     check_run_folder(cfg)
     if is_finished(cfg):

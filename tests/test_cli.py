@@ -133,3 +133,20 @@ def test_help_answers_quickly(script, repository):
     # Loading torch alone takes longer than that. The processor's time: a busy machine says nothing about the script.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 3
     assert "usage" in done.stdout
+
+
+def test_loading_packages_leaves_garbage_collection_on_and_keeps_what_was_loaded(repository):
+    program = (
+        "import gc, sys\n"
+        "from tortoise_hf.cli import loading_packages\n"
+        "before = gc.get_freeze_count()\n"
+        "with loading_packages():\n"
+        "    assert not gc.isenabled()\n"
+        "    import torch\n"
+        "loaded = gc.get_freeze_count()\n"
+        "assert gc.isenabled() and loaded > before + 10_000, (before, loaded)\n"
+        "with loading_packages():\n"
+        "    assert gc.isenabled()\n"
+        "assert gc.get_freeze_count() == loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=repository)

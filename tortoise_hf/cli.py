@@ -5,12 +5,14 @@ The only module that knows the parser. It imports nothing heavy, so `--help` ans
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import gc
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -162,6 +164,23 @@ def load_config(argv: Sequence[str] | None, description: str, config_class: type
         return config_class(**{name: getattr(sections, name) for name in parser.sections})
     except ValueError as error:  # a range check of config.py
         parser.error(str(error))
+
+
+@contextlib.contextmanager
+def loading_packages() -> Iterator[None]:
+    """Around imports: without looking for garbage, of which there is none, in half a million new objects.
+
+    Nor is it looked for among them later, in training or at the end; that took longer than a second of every start.
+    """
+    if "torch" in sys.modules:  # in a program that lives already, whose garbage must not be kept
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def run(main: Callable[[], None]) -> None:
