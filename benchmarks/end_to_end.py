@@ -126,7 +126,10 @@ def main(argv: list[str] | None = None) -> dict:
                 name = f"ours, {length}" + (f", conditioning shared by {group}" if group > 1 else "")
                 variants[name] = programs.turn(name, programs.ours(epochs, group))
                 beside[name] = reference
-        run([sys.executable, "-c", MODULES], {"PYTHONPATH": str(REPOSITORY / "benchmarks")})
+        run(
+            [sys.executable, "-c", MODULES],
+            {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "benchmarks"), os.environ.get("PYTHONPATH", "")])},
+        )
         costs = alternate(variants, args.repeats, device, warm_up=0)
     found: dict[str, Cost] = {}
     for name, each in costs.items():

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/packing.py --size demo --micro_batch_size 16 --repeats 8
 
 The padded way is what training did before: rows as long as the longest, heads asked at every position, all logits in
-memory at once, in float32. Clips have LJSpeech's lengths; the micro-batch is the middle one of an epoch's plan by
-length, and its rows share one conditioning.
+memory at once, in float32. Nothing is dropped: draws cost differently where rows are packed. Clips have LJSpeech's
+lengths; the micro-batch is the middle one of an epoch's plan by length, and its rows share one conditioning.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     device, config = torch.device(args.device), copy.deepcopy(SIZES[args.size][0])
-    config.dropout = 0.0  # its draws cost differently where rows are packed
+    config.dropout = 0.0
     torch.manual_seed(0)
     model = TortoiseGPT(config).to(device).train()
     batch, share = typical_batch(config, args.micro_batch_size)

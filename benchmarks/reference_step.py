@@ -30,6 +30,7 @@ from tortoise_hf.audio import SAMPLE_RATE, LogMel, load_mel_norms, load_waveform
 from tortoise_hf.config import OptimConfig
 from tortoise_hf.machine import set_gradient_checkpointing
 from tortoise_hf.models.conditioning import ConditioningAttention
+from tortoise_hf.models.dropout import Dropout
 from tortoise_hf.models.dvae import DVAE
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.optim import clip_gradients, parameter_groups
@@ -189,22 +190,25 @@ class ReferenceStep:
     def in_charge(self) -> Iterator[None]:
         """Have the GPT compute as the reference does: attention and activation in single steps, activations recomputed.
 
-        The conditioning encoder's aren't recomputed.
+        The conditioning encoder's aren't recomputed. Dropout is torch's.
         """
         activation, implementation = self.gpt.gpt.h[0].mlp.act, self.gpt.config._attn_implementation
         try:
-            self._set(ACT2FN["gelu_new"], "eager")
+            self._set(ACT2FN["gelu_new"], "eager", nn.Dropout)
             set_gradient_checkpointing(self.gpt.gpt, True)
             yield
         finally:
-            self._set(activation, implementation)
+            self._set(activation, implementation, Dropout)
             set_gradient_checkpointing(self.gpt, False)
 
-    def _set(self, activation: nn.Module, implementation: str) -> None:
+    def _set(self, activation: nn.Module, implementation: str, dropout: type[nn.Dropout]) -> None:
         set_gradient_checkpointing(self.gpt, False)
         self.gpt.set_attn_implementation(implementation)
+        p = self.gpt.config.dropout
+        self.gpt.gpt.drop = dropout(p)
         for block in self.gpt.gpt.h:
-            block.mlp.act = activation
+            block.mlp.act, block.mlp.dropout, block.attn.resid_dropout = activation, dropout(p), dropout(p)
+        self.gpt.train(self.gpt.training)
 
     def micro_batch(self, batch: RawBatch, num_micro_batches: int = 1) -> torch.Tensor:
         """Add one micro-batch's gradients; its loss, still on the device. Only `in_charge`."""

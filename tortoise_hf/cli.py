@@ -168,11 +168,11 @@ def load_config(argv: Sequence[str] | None, description: str, config_class: type
 
 @contextlib.contextmanager
 def loading_packages() -> Iterator[None]:
-    """Around imports: without looking for garbage, of which there is none, in half a million new objects.
+    """Around imports: without looking for garbage, of which there is little, in half a million new objects.
 
     Nor is it looked for among them later, in training or at the end; that took longer than a second of every start.
     """
-    if "torch" in sys.modules:  # in a program that lives already, whose garbage must not be kept
+    if "torch" in sys.modules or not gc.isenabled():  # a program that lives already: its garbage must not be kept
         yield
         return
     gc.disable()

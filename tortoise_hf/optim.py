@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`, as one kernel where it has one: on a GPU and on a CPU.
+    """AdamW over `parameter_groups`, whose step is one kernel on a GPU and on a CPU.
 
     With `optim.optimizer` adamw_8bit it is bitsandbytes', which keeps tensors below 4096 values in full; see
     `settle_optimizer` for where there is none.
@@ -55,6 +55,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer
     settings = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
     if cfg.optimizer == "adamw_8bit":
         return _bitsandbytes().optim.AdamW8bit(groups, **settings)
+    # The kernel goes by memory order: gradients must lie as their weights do, which is so for all of the GPT's.
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, **settings, fused=True if fused else None)
 

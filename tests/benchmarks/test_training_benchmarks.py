@@ -146,15 +146,32 @@ def test_packing(benchmark, tmp_path):
     assert result["padded_over_packed"] > 0
 
 
-def test_profile_step(benchmark, tmp_path):
-    arguments = ["--size", "tiny", "--micro_batch_size", "2", "--repeats", "2", "--device", "cpu", "--least", "0.02"]
+@pytest.mark.parametrize("least", [0, 0.02])
+def test_profile_step(benchmark, tmp_path, least):
+    arguments = [
+        "--size",
+        "tiny",
+        "--micro_batch_size",
+        "2",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--least",
+        str(least),
+    ]
     result = benchmark("profile_step").main([*arguments, "--json", str(tmp_path / "numbers.json")])
     assert json.loads((tmp_path / "numbers.json").read_text()) == result
     rows = {row["operation"]: row for row in result["rows"]}
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
-    assert all(row["share"] >= 0.02 for name, row in rows.items() if name != "the rest")
-    assert rows["aten::mm"]["calls_per_step"] > 10
     assert sum(row["seconds_per_step"] for row in rows.values()) == pytest.approx(result["seconds_per_step"])
+    rest = rows.pop("the rest")
+    assert all(row["share"] >= least for row in rows.values())
+    if least:
+        assert rest["calls_per_step"] > 100
+    else:
+        assert rest["calls_per_step"] == 0
+        assert rows["aten::mm"]["calls_per_step"] > 10
 
 
 def test_prepare(benchmark, tmp_path):

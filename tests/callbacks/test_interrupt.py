@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -45,6 +46,20 @@ def test_signals_are_given_back_at_the_end(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     run_training(cfg, max_steps=1, extra=[InterruptCallback(Accelerator(cpu=True))])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("reentrant call inside <_io.BufferedWriter>"), BrokenPipeError()])
+def test_a_signal_in_the_middle_of_a_print_stops_the_run_as_well(error, monkeypatch, capfd):
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    callback = InterruptCallback(Accelerator(cpu=True))
+    monkeypatch.setattr(sys, "stdout", Busy())
+    callback._note(signal.SIGINT, None)
+    monkeypatch.undo()
+    assert callback.received == signal.SIGINT
+    assert ("Finishing this step" in capfd.readouterr().err) == isinstance(error, RuntimeError)
 
 
 def test_a_second_signal_leaves_at_once():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tortoise_hf.models.conditioning import ClipRow, ConditioningAttention, ConditioningEncoder, num_norm_groups
@@ -108,17 +111,28 @@ class TestSilenceBehindClips:
         for name, value in expected[1].items():
             assert (found[1][name] - value).norm() <= 1e-4 * value.norm().clamp(min=1e-2), name
 
-    def test_counted_once_it_would_be_another_vector(self, monkeypatch):
+    @pytest.mark.parametrize("where", ["attention", "norms"])
+    def test_counted_once_it_would_be_another_vector(self, where, monkeypatch):
         encoder, mel = make_encoder(), make_clips([12, 45, 30])
         real, find = encoder(mel), ClipRow.find
 
         def once(mel: torch.Tensor) -> ClipRow:
             row = find(mel)
-            row.repeats = [1] * len(mel)
-            return row
+            if where == "attention":
+                return dataclasses.replace(row, repeats=[1] * len(mel))
+            return dataclasses.replace(row, counts=torch.ones_like(row.counts))
 
         monkeypatch.setattr(ClipRow, "find", once)
         assert (encoder(mel) - real).abs().max() > 0.01
+
+    def test_an_adapter_that_drops_frames_sees_all_of_them(self):
+        encoder, seen, mel = make_encoder(), [], make_clips([12, 45])
+        adapted = get_peft_model(encoder, LoraConfig(r=2, target_modules=["qkv"], lora_dropout=0.1))
+        block = adapted.base_model.model.attn[1]
+        block.proj_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+        adapted.train()(mel)
+        adapted.eval()(mel)
+        assert seen == [(2, 64, FRAMES), (1, 64, 13 + 46)]
 
     def test_is_computed_once(self):
         encoder, seen = make_encoder(), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -87,4 +88,15 @@ class InterruptCallback(TrainerCallback):
         if not self.received:
             self.received, self.received_at = number, time.monotonic()
             if self.accelerator.is_main_process:
-                print("\nFinishing this step, then saving. Press Ctrl-C once more to leave at once.", flush=True)
+                _say("\nFinishing this step, then saving. Press Ctrl-C once more to leave at once.")
+
+
+def _say(sentence: str) -> None:
+    """Print from within a signal handler; the run goes on whatever becomes of it."""
+    try:
+        print(sentence, flush=True)
+    except RuntimeError:  # the signal came in the middle of another print, in which Python allows no second one
+        with contextlib.suppress(OSError):
+            os.write(2, f"{sentence}\n".encode())
+    except OSError:
+        pass  # nobody reads it any more

@@ -70,7 +70,7 @@ def _by_runs(heads: tuple[torch.Tensor, ...], runs: list[tuple[int, int]], optio
     """One call for each run of equally long rows; (N, H, E)."""
     # Split, whose backward pass is one concatenation; that of slices would be a tensor of all positions for each.
     sizes, attended = [length * count for length, count in runs], []
-    ours = options["dropout_p"] > 0 and heads[0].dtype == torch.float32 and not _on_gpu(heads[0])
+    ours = options["dropout_p"] > 0 and heads[0].dtype == torch.float32 and heads[0].device.type == "cpu"
     attend = _with_dropout if ours else F.scaled_dot_product_attention
     for (length, count), *parts in zip(runs, *(part[0].split(sizes, dim=1) for part in heads), strict=True):
         rows = (part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
@@ -93,9 +93,9 @@ def _with_dropout(
     """
     assert is_causal, "rows of a packed micro-batch are causal"
     length, size = query.shape[2:]
-    hidden = query.new_full((length, length), float("-inf")).triu(1)
+    mask = query.new_full((length, length), float("-inf")).triu(1)
     products = torch.baddbmm(
-        hidden, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=size**-0.5 if scale is None else scale
+        mask, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=size**-0.5 if scale is None else scale
     )
     weights = drop(products.softmax(-1), dropout_p)
     return torch.bmm(weights, value.flatten(0, 1)).view_as(query)

@@ -64,10 +64,7 @@ class ClipRow:
     def mean(self, row: torch.Tensor) -> torch.Tensor:
         """Mean over the frames of each clip, given to each of its frames: (groups, S) to the same."""
         each = torch.zeros(len(row), len(self.lengths)).index_add(1, self.owners, row * self.counts)
-        frames = torch.tensor(
-            [length + repeats - 1 for length, repeats in zip(self.lengths, self.repeats, strict=True)]
-        )
-        return (each / frames).index_select(1, self.owners)
+        return (each / self.num_frames).index_select(1, self.owners)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -154,11 +151,17 @@ class ConditioningEncoder(nn.Module):
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         """Return the state of the first frame, which has attended to all others."""
-        # In half precision log n is too coarse; a compiled encoder would be compiled anew for every length.
-        exact = mel.device.type == "cpu" and mel.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        row = ClipRow.find(mel) if exact and not torch.compiler.is_compiling() else None
+        row = ClipRow.find(mel) if self._may_shorten(mel) else None
         *blocks, last = self.attn
         hidden = self.init(mel if row is None else row.of(mel))
         for block in blocks:
             hidden = block(hidden, row=row)
         return last(hidden, num_answers=1, row=row)[:, :, 0]
+
+    def _may_shorten(self, mel: torch.Tensor) -> bool:
+        """Whether a silent frame can stand for several with the same result, and it pays."""
+        # In half precision log n is too coarse; a compiled encoder would be compiled anew for every length.
+        exact = mel.device.type == "cpu" and mel.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        # An adapter's dropout is drawn for each frame.
+        draws = self.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
+        return exact and not draws and not torch.compiler.is_compiling()

@@ -1,6 +1,6 @@
 """Dropout that draws quickly on a CPU.
 
-torch draws a 64-bit number for every element there, a seventh of a training step; here one number does for four.
+torch draws a number for every element there, a seventh of a training step of the demo; here one does for four.
 On other devices this is torch's own dropout.
 """
 
@@ -29,7 +29,7 @@ def dropout(hidden: torch.Tensor, p: float) -> torch.Tensor:
         hidden: of any shape, floating point.
         p: from 0 to 1; on a CPU the nearest multiple of 2 ** -16.
 
-    Returns: a new tensor; the draws are of torch's default generator.
+    Returns: of the same shape; the draws are of torch's default generator.
     """
     dropped = round(p * _LEVELS)
     if not 0 < dropped < _LEVELS or hidden.device.type != "cpu":
