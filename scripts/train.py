@@ -31,7 +31,13 @@ def fine_tune(cfg: Config) -> None:
         from tortoise_hf.hub.checkpoints import fetch_run
         from tortoise_hf.hub.publish import check_before_training, keep_clips, push_at_end
         from tortoise_hf.loop import train
-        from tortoise_hf.machine import describe, main_process_first, set_gradient_checkpointing, start_accelerator
+        from tortoise_hf.machine import (
+            compile_blocks,
+            describe,
+            main_process_first,
+            set_gradient_checkpointing,
+            start_accelerator,
+        )
         from tortoise_hf.models.pretrained import load_mel_norms
         from tortoise_hf.optim import build_lr_scheduler, build_optimizer, settle_optimizer
         from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
@@ -70,6 +76,7 @@ def fine_tune(cfg: Config) -> None:
     model.to(accelerator.device)
     optimizer = build_optimizer(model, cfg.optim)
     lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
+    compile_blocks(accelerator, model.gpt.h)
     model, optimizer = accelerator.prepare(model, optimizer)
     callbacks = build_callbacks(cfg, accelerator, files, samples)
 

@@ -150,3 +150,17 @@ def test_loading_packages_leaves_garbage_collection_on_and_keeps_what_was_loaded
         "assert gc.get_freeze_count() == loaded\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=repository)
+
+
+def test_a_compiler_that_fails_is_told_in_words(capsys):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def main():
+        raise InvalidCxxCompiler
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: torch.compile failed (")
+    assert "Leave out accelerate's --dynamo_backend" in said

@@ -200,6 +200,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
         saved["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
+    # With its settings: a run that began with another of torch's kernels for the step stays exact.
     optimizer.load_state_dict(saved)
 
 

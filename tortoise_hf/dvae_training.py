@@ -33,6 +33,7 @@ from tortoise_hf.dvae_config import DVAEModelConfig, DVAERunConfig
 from tortoise_hf.dvae_evaluation import evaluate_dvae, reconstruction_loss
 from tortoise_hf.errors import UserError
 from tortoise_hf.faults import in_words
+from tortoise_hf.machine import compile_blocks
 from tortoise_hf.models.dvae import DVAE, FRAMES_PER_CODE, DVAEConfig, ResidualBlock, full_precision
 from tortoise_hf.optim import build_lr_scheduler
 
@@ -183,6 +184,7 @@ class DVAETrainer:
         optimizer = torch.optim.AdamW(self.dvae.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=0)
         schedule = OptimConfig(lr_schedule="cosine", warmup_steps=settings.warmup_steps, min_lr_ratio=MIN_LR_RATIO)
         self.lr_scheduler = build_lr_scheduler(optimizer, schedule, settings.max_steps)
+        compile_blocks(accelerator, ())  # nothing of it repeats
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = TrainerState(
             max_steps=settings.max_steps,

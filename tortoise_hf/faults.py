@@ -74,6 +74,11 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{where} can't be used: {error.strerror or error}. Free some space there or mend its permissions. {GO_ON}"
         )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return (
+            f"torch.compile failed ({text}); on a CPU it takes a C++ compiler, on a GPU Triton besides. Leave out "
+            f"accelerate's --dynamo_backend to do without. {GO_ON}"
+        )
     if torch.distributed.is_initialized() and any(mark in text for mark in _LOST_PROCESS):
         return f"Another process of this run ended or can't be reached ({text}); its own message says why. {GO_ON}"
     return None

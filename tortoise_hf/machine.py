@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -16,11 +16,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
+    DynamoBackend,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     set_seed,
     str_to_bool,
 )
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -116,6 +118,23 @@ def set_gradient_checkpointing(model: PreTrainedModel, on: bool) -> None:
         model, f"gradient_checkpointing_{name}"
     )
     change()
+
+
+def compile_blocks(accelerator: Accelerator, blocks: Sequence[nn.Module]) -> None:
+    """Compile blocks where they stand, if `accelerate launch --dynamo_backend` asks for it; call before `prepare`.
+
+    accelerate itself would put wrappers around modules: weights would go by other names in checkpoints.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    options = plugin.to_kwargs()
+    options.pop("use_regional_compilation", None)  # these are the regions
+    for block in blocks:
+        block.compile(**options | {"dynamic": True})  # every micro-batch has another length
+    if blocks:
+        accelerator.print(f"Compiled in the first steps: blocks of the GPT ({plugin.backend.value.lower()}).")
+    plugin.backend = DynamoBackend.NO
 
 
 def describe(accelerator: Accelerator) -> str:

@@ -25,6 +25,7 @@ from tortoise_hf.models.pretrained import (
     load_gpt,
     load_mel_norms,
     load_tokenizer,
+    load_trained,
     resolve_base,
 )
 from tortoise_hf.text import train_tokenizer
@@ -311,3 +312,14 @@ def test_full_size_file_is_recognised_without_a_config(tmp_path):
         "num_text_tokens": 255,
     }
     assert (config.text_positions, config.mel_positions) == (404, 608)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, base):
+    """transformers would fill the gap with random ones and go on."""
+    model = golden_gpt()
+    model.save_pretrained(
+        tmp_path,
+        state_dict={name.replace("gpt.h.", "gpt._orig_mod.h."): tensor for name, tensor in model.state_dict().items()},
+    )
+    with pytest.raises(UserError, match=r"lacks weights of the model, gpt\.h\.0\."):
+        load_trained(tmp_path, resolve_base(ModelConfig(base=str(base))))

@@ -124,6 +124,23 @@ def test_a_run_from_start_to_export(train, tiny_base, tiny_voice, tmp_path):
     assert len(logged(folder, "loss")) == 5
 
 
+@pytest.mark.parametrize("regional", ["true", "false"])
+def test_compiled_blocks_keep_their_names(train, tiny_base, tiny_voice, tmp_path, regional):
+    """accelerate's own way with --dynamo_backend saves weights under names that nobody finds again."""
+    data = tiny_voice(8)
+    train(*tiny_run(tiny_base, data, tmp_path, name="plain"))
+    env = {"ACCELERATE_DYNAMO_BACKEND": "eager", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": regional}
+    done = train(*tiny_run(tiny_base, data, tmp_path, name="compiled"), env=env)
+    assert "Compiled in the first steps: blocks of the GPT (eager)." in done.stdout
+    for file in ("checkpoint-3/model.safetensors", "export/model.safetensors"):
+        plain, compiled = (load_file(tmp_path / name / file) for name in ("plain", "compiled"))
+        assert compiled.keys() == plain.keys()
+        for name, tensor in plain.items():
+            torch.testing.assert_close(compiled[name], tensor, atol=1e-5, rtol=1e-3)
+    longer = train(*tiny_run(tiny_base, data, tmp_path, name="plain", training__max_steps=4), env=env)
+    assert "Going on from" in longer.stdout
+
+
 def test_a_run_can_be_heard(train, tiny_base, tiny_voice, tmp_path):
     flags = tiny_run(tiny_base, tiny_voice(8), tmp_path, samples__enabled="true", samples__num_texts=2)
     done = train(*flags)
