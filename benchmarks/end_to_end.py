@@ -113,6 +113,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     if not (args.root / "metadata.csv").is_file():
         parser.error(f"--root: {args.root} holds no metadata.csv; give a folder in LJSpeech's layout.")
+    if not (args.base / "config.json").is_file():
+        parser.error(
+            f"--base: {args.base} holds no config.json; give the folder of a base, such as examples/demo_base."
+        )
     device = torch.device("cpu")  # this process itself computes nothing
     with tempfile.TemporaryDirectory(prefix="tortoise_hf_end_to_end_") as folder:
         programs = Programs(args, Path(folder) / "turn")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import golden_gpt
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from tortoise_hf import checkpoint as checkpoint_module
@@ -56,6 +57,19 @@ def test_loading_brings_everything_back(tmp_path, parts):
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments, strict=True))
     assert scheduler.get_last_lr() == rate
     assert torch.equal(torch.rand(3), expected_draw)
+
+
+def test_weights_of_compiled_blocks_are_found(tmp_path, parts):
+    path, model = save_at(tmp_path, parts, 5), parts[1]
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {name.replace("gpt.h.", "gpt.h._orig_mod."): t for name, t in weights.items()}, path / "model.safetensors"
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    load_checkpoint(Checkpoint(path, 5), *parts)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng.pt", "trainer_state.json"])

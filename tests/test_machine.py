@@ -1,10 +1,12 @@
 """What a run computes on."""
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import imports
 
-from tortoise_hf.machine import describe, start_accelerator
+from tortoise_hf.errors import UserError
+from tortoise_hf.machine import compile_blocks, describe, start_accelerator
 
 
 def test_on_a_mac_the_processor_is_taken_and_the_reason_told(monkeypatch):
@@ -21,3 +23,21 @@ def test_on_a_mac_the_processor_is_taken_and_the_reason_told(monkeypatch):
         monkeypatch.undo()
         AcceleratorState._reset_state(reset_partial_state=True)
     assert "Apple" not in describe(start_accelerator(0))
+
+
+def test_a_setting_accelerate_does_not_know_is_told_in_a_sentence(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "foo")
+    with pytest.raises(UserError, match=r"'FOO' is not a valid DynamoBackend.*correct the flags"):
+        start_accelerator(0)
+
+
+def test_what_has_no_blocks_is_not_compiled_and_says_so(monkeypatch, capsys):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    accelerator = start_accelerator(0)
+    compile_blocks(accelerator, ())
+    assert "Compiled in the first steps: nothing" in capsys.readouterr().out
+    model = torch.nn.Linear(2, 2)
+    assert accelerator.prepare(model) is model
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -167,6 +167,8 @@ def load_checkpoint(
     path = checkpoint.path
     current, adapted = model.state_dict(), has_adapter(model)
     weights = read_adapter(model, path) if adapted else load_file(path / "model.safetensors")
+    # Blocks that accelerate had compiled were once saved under names with this in them.
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in weights.items()}
     whole = {n: shard_like(t, current[n]) if n in current else t for n, t in weights.items()}
     model.load_state_dict(whole, strict=not adapted)
     saved = unpack(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -184,7 +184,7 @@ class DVAETrainer:
         optimizer = torch.optim.AdamW(self.dvae.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=0)
         schedule = OptimConfig(lr_schedule="cosine", warmup_steps=settings.warmup_steps, min_lr_ratio=MIN_LR_RATIO)
         self.lr_scheduler = build_lr_scheduler(optimizer, schedule, settings.max_steps)
-        compile_blocks(accelerator, ())  # nothing of it repeats
+        compile_blocks(accelerator, ())  # it has none that repeat
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = TrainerState(
             max_steps=settings.max_steps,

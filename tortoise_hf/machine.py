@@ -51,7 +51,13 @@ def start_accelerator(seed: int) -> Accelerator:
     _refuse_engines()
     # Apple's GPUs know no float64, which losses and counts are summed in.
     cpu = torch.backends.mps.is_available()
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)])
+    try:
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)])
+    except ValueError as error:
+        raise UserError(
+            f"accelerate can't use what it was told ({error}); correct the flags of accelerate launch, its config "
+            "file, or the variable that begins with ACCELERATE_."
+        ) from error
     _check_sharding(accelerator)
     set_seed(seed, device_specific=True)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -132,8 +138,8 @@ def compile_blocks(accelerator: Accelerator, blocks: Sequence[nn.Module]) -> Non
     options.pop("use_regional_compilation", None)  # these are the regions
     for block in blocks:
         block.compile(**options | {"dynamic": True})  # every micro-batch has another length
-    if blocks:
-        accelerator.print(f"Compiled in the first steps: blocks of the GPT ({plugin.backend.value.lower()}).")
+    what = "blocks of the GPT" if blocks else "nothing, for only the GPT has blocks"
+    accelerator.print(f"Compiled in the first steps: {what} ({plugin.backend.value.lower()}).")
     plugin.backend = DynamoBackend.NO
 
 

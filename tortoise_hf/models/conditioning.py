@@ -94,8 +94,8 @@ def num_norm_groups(channels: int) -> int:
     return groups
 
 
-class ConditioningAttention(GradientCheckpointingLayer):
-    """Full self-attention over the frames of a conditioning clip; (N, D, F) to the same."""
+class FrameAttention(GradientCheckpointingLayer):
+    """The layers of TorToiSe's full self-attention over frames, here and in the diffusion decoder."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -103,6 +103,27 @@ class ConditioningAttention(GradientCheckpointingLayer):
         self.norm = GroupNorm32(num_norm_groups(channels), channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def heads(self, hidden: torch.Tensor, row: ClipRow | None = None) -> tuple[torch.Tensor, ...]:
+        """Query, key and value of hidden states, which are normed first.
+
+        Args:
+            hidden: (N, D, F), or (1, D, S) with `row`.
+            row: of the clips.
+
+        Returns: three of (N, heads, F, D / heads), or (1, heads, S, D / heads).
+        """
+        # The channels are split into heads first and into query, key, value inside each head.
+        split = self.qkv(self.norm(hidden, row)).unflatten(1, (self.num_heads, 3, -1))
+        return split.transpose(3, 4).unbind(2)
+
+    def project(self, attended: torch.Tensor) -> torch.Tensor:
+        """What is added to the hidden states: (N, heads, F, D / heads) to (N, D, F)."""
+        return self.proj_out(attended.transpose(2, 3).flatten(1, 2))
+
+
+class ConditioningAttention(FrameAttention):
+    """Full self-attention over the frames of a conditioning clip; (N, D, F) to the same."""
 
     def forward(self, hidden: torch.Tensor, num_answers: int | None = None, row: ClipRow | None = None) -> torch.Tensor:
         """Return ``hidden + attention``: the residual is the input as it came, not its normalised form.
@@ -114,10 +135,7 @@ class ConditioningAttention(GradientCheckpointingLayer):
 
         Returns: as `hidden`, or (N, D, num_answers).
         """
-        channels = hidden.shape[1]
-        # The channels are split into heads first and into query, key, value inside each head.
-        heads = self.qkv(self.norm(hidden, row)).unflatten(1, (self.num_heads, 3, channels // self.num_heads))
-        query, key, value = heads.transpose(3, 4).unbind(2)
+        query, key, value = self.heads(hidden, row)
         if row is None:
             residual, attended = hidden[:, :, :num_answers], _attend(query[:, :, :num_answers], key, value)
         else:
@@ -128,7 +146,7 @@ class ConditioningAttention(GradientCheckpointingLayer):
             # Equally many answers of each clip stand side by side; else they stay one behind the other.
             dim = 2 if num_answers is None else 0
             residual, attended = (torch.cat(part, dim) for part in zip(*parts, strict=True))
-        return residual + self.proj_out(attended.transpose(2, 3).flatten(1, 2))
+        return residual + self.project(attended)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, repeats: int = 1) -> torch.Tensor:

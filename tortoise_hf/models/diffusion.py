@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from tortoise_hf.models.conditioning import GroupNorm32, num_norm_groups
+from tortoise_hf.models.conditioning import FrameAttention, GroupNorm32, num_norm_groups
 
 NUM_TIMESTEPS = 4000
 """Noise levels the network was trained on, 0 the cleanest."""
@@ -64,26 +64,19 @@ class RelativePositions(nn.Module):
         return by_distance.unfold(1, frames, 1).flip(1)
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(FrameAttention):
     """Full self-attention over frames with a bias by distance; (B, D, F) to the same."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = GroupNorm32(num_norm_groups(channels), channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
+        super().__init__(channels, num_heads)
         self.relative_pos_embeddings = RelativePositions(num_heads, scale=(channels // num_heads) ** 0.5)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return ``hidden + attention``."""
-        batch, channels, frames = hidden.shape
-        # The channels are split into heads first and into query, key, value inside each head.
-        heads = self.qkv(self.norm(hidden)).view(batch, self.num_heads, 3, channels // self.num_heads, frames)
-        query, key, value = heads.transpose(3, 4).unbind(2)
-        bias = self.relative_pos_embeddings(frames).to(query.dtype)
+        query, key, value = self.heads(hidden)
+        bias = self.relative_pos_embeddings(hidden.shape[2]).to(query.dtype)
         attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
-        return hidden + self.proj_out(attended.transpose(2, 3).reshape(batch, channels, frames))
+        return hidden + self.project(attended)
 
 
 class ResidualBlock(nn.Module):

@@ -248,16 +248,15 @@ def load_trained(checkpoint: Path, files: BaseFiles) -> TortoiseGPT:
     """The whole model of a checkpoint in float32 on the CPU; an adapter is merged into the base that it was trained on.
 
     Raises:
-        UserError: if weights are missing, an adapter belongs to other weights than the base's, or these can't be read.
+        UserError: if weights don't fill the model exactly or can't be read, or an adapter belongs to others than the
+            base's.
     """
     if not is_adapter(checkpoint):
-        model, found = TortoiseGPT.from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-        if found["missing_keys"]:  # transformers would go on with random ones
-            raise UserError(
-                f"{checkpoint} lacks weights of the model, {sorted(found['missing_keys'])[0]} for one; it was saved by "
-                "another program or version. Go on from another checkpoint with training.resume, or train anew."
-            )
-        return model
+        # Not by from_pretrained, which goes on with random weights where some are missing.
+        config, path = GPTConfig.from_pretrained(checkpoint), checkpoint / "model.safetensors"
+        weights = read_gpt_weights(path)
+        check_weights(weights, published_layout(config, attention_buffers=False), path)
+        return build_gpt(config, weights)
     return merge_adapter(load_gpt(files), checkpoint)
 
 
