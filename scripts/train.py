@@ -78,7 +78,7 @@ def fine_tune(cfg: Config) -> None:
     lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
     compile_blocks(accelerator, model.gpt.h)
     model, optimizer = accelerator.prepare(model, optimizer)
-    callbacks = build_callbacks(cfg, accelerator, files, samples)
+    callbacks = build_callbacks(cfg, accelerator, optimizer, files, samples)
 
     state = start_or_resume(cfg, run_folder, accelerator, model, optimizer, lr_scheduler, callbacks)
     if run_folder.finished_step is None:

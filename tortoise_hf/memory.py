@@ -33,7 +33,7 @@ from tortoise_hf.machine import set_gradient_checkpointing
 from tortoise_hf.models.cross_entropy import largest_piece
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.models.pretrained import RELEASED_BASE
-from tortoise_hf.optimizer_state import MOMENT_BYTES
+from tortoise_hf.optimizer_state import working_bytes
 from tortoise_hf.units import format_bytes
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,7 +65,7 @@ def step_memory(
     """Memory of a step on clips of the greatest length that the settings let through.
 
     Args:
-        cfg: `data`, `lora` and `optim.optimizer` are read.
+        cfg: `data`, `lora`, `optim.optimizer` and `optim.decay_to_start` are read.
         sizes: of the GPT.
         mixed_precision: no, fp16 or bf16.
         micro_batch_size: clips at once.
@@ -98,7 +98,7 @@ def step_memory(
     return StepMemory(
         weights,
         _bytes(trained),
-        round(MOMENT_BYTES[cfg.optim.optimizer] * sum(value.numel() for value in trained)),
+        working_bytes(cfg.optim, sum(value.numel() for value in trained)),
         activations,
     )
 

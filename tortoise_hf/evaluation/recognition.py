@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ DEFAULT_RECOGNIZER = "transformers:openai/whisper-base.en"
 INSTALL = "pip install -c constraints.txt -e '.[evaluate]'"
 _SPHINX_RATE = 16_000
 """Hz, of pocketsphinx's acoustic model."""
+_WIDE_BEAMS = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60}
+"""How unlikely a path may become, beside the likeliest one, before pocketsphinx gives it up; its own values are 1e-48,
+1e-48 and 7e-29. With these it takes five times as long."""
 _BOOTSTRAP_DRAWS = 1000
 _SYMBOLS = {"&": " and ", "%": " percent ", "+": " plus "}
 # One spelling of what recognisers write in several ways. "misess" is what TorToiSe's cleaner makes of "mrs.".
@@ -44,7 +47,9 @@ class Recognizer(Protocol):
 class SphinxRecognizer:
     """PocketSphinx with its own US English model, which comes with it: a download is never needed.
 
-    Each clip is heard on its own: nothing is carried over from the one before.
+    Each clip is heard on its own: nothing is carried over from the one before. With a grammar only whole sentences of
+    it are understood, and a single odd sound can make pocketsphinx give up all paths that lead to the end of one; the
+    rest would then be lost with it. So a clip in which nothing was found is heard again, with more patience.
     """
 
     def __init__(self, grammar: Path | None = None) -> None:
@@ -60,16 +65,16 @@ class SphinxRecognizer:
         except ImportError as error:
             raise UserError(f"The recogniser pocketsphinx isn't installed; install it with: {INSTALL}") from error
         self.name = "pocketsphinx" if grammar is None else f"pocketsphinx, grammar {grammar.name}"
-        settings = {"samprate": float(_SPHINX_RATE), "cmn": "batch", "loglevel": "FATAL"}
-        self._grammar_words = None
+        self._settings = {"samprate": float(_SPHINX_RATE), "cmn": "batch", "loglevel": "FATAL"}
+        self._grammar_words, self._patient = None, None
         if grammar is not None:
             try:
                 self._grammar_words = _words_in(grammar.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"The grammar {grammar} can't be read ({error}); give a JSGF file.") from error
-            settings["jsgf"] = str(grammar)
+            self._settings["jsgf"] = str(grammar)
         try:
-            self._decoder = Decoder(**settings)
+            self._decoder = Decoder(**self._settings)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"The grammar {grammar} is no JSGF grammar that pocketsphinx understands, or holds words that its "
@@ -79,13 +84,13 @@ class SphinxRecognizer:
     def transcribe(self, waveform: torch.Tensor, sample_rate: int) -> str:
         """What is said in (S,) samples in [-1, 1]; "" if nothing fits."""
         samples = resample(waveform, sample_rate, _SPHINX_RATE).clamp(-1, 1) * 32_767
-        decoder = self._decoder
-        decoder.reinit_feat()  # forgets the noise and the loudness of the clip before
-        decoder.start_utt()
-        decoder.process_raw(samples.round().short().numpy().tobytes(), full_utt=True)
-        decoder.end_utt()
-        found = decoder.hyp()
-        return found.hypstr if found is not None else ""
+        data = samples.round().short().numpy().tobytes()
+        found = _hear(self._decoder, data)
+        if not found and self._grammar_words is not None:
+            if self._patient is None:
+                self._patient = type(self._decoder)(**self._settings, **_WIDE_BEAMS)
+            found = _hear(self._patient, data)
+        return found
 
     def unknown_words(self, texts: Sequence[str]) -> list[str]:
         """Words of the texts that the grammar, or without one the dictionary, doesn't have."""
@@ -93,6 +98,16 @@ class SphinxRecognizer:
         if self._grammar_words is not None:
             return [word for word in words if word not in self._grammar_words]
         return [word for word in words if self._decoder.lookup_word(word) is None]
+
+
+def _hear(decoder: Any, data: bytes) -> str:
+    """What a decoder of pocketsphinx finds in 16-bit samples; "" for nothing."""
+    decoder.reinit_feat()  # forgets the noise and the loudness of the clip before
+    decoder.start_utt()
+    decoder.process_raw(data, full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return found.hypstr if found is not None else ""
 
 
 class TransformersRecognizer:
