@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from tortoise_hf.audio import load_waveform
+from tortoise_hf.audio import load_waveform, resample
 from tortoise_hf.errors import UserError
 from tortoise_hf.evaluation.recognition import SphinxRecognizer, load_recognizer, spoken_words, word_errors
 
@@ -75,6 +75,21 @@ def test_sphinx_hears_the_demo_voice(sphinx):
     assert sphinx.transcribe(clip(2), 22_050) == "my sister never eats butter with honey"
     assert sphinx.transcribe(torch.zeros(22_050), 22_050) == ""
     assert sphinx.transcribe(clip(1), 22_050) == first
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(20, "the lawyer is sitting next to the window"), (24, "my father is four years old today")],
+)
+def test_a_sentence_with_an_odd_sound_in_it_is_heard_again(monkeypatch, number, said):
+    """An eighth of the clip is something else, backwards: pocketsphinx as it is then loses all of it."""
+    waveform, other = (resample(clip(each), 22_050, 16_000) for each in (number, number + 1))
+    middle, length = len(waveform) // 2, int(0.12 * len(waveform))
+    waveform[middle : middle + length] = other[:length].flip(0)
+    grammar = REPOSITORY / "examples" / "demo_voice" / "grammar.jsgf"
+    assert SphinxRecognizer(grammar).transcribe(waveform, 16_000) == said
+    monkeypatch.setattr("tortoise_hf.evaluation.recognition._WIDE_BEAMS", {})
+    assert SphinxRecognizer(grammar).transcribe(waveform, 16_000) == ""
 
 
 def test_words_that_cannot_be_heard(sphinx):
