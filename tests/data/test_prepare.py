@@ -101,6 +101,8 @@ def test_every_row_is_kept_or_reported(tmp_path):
     samples = waveform(SAMPLE_RATE)
     samples[100] = np.nan
     soundfile.write(wavs / "nan.wav", samples, SAMPLE_RATE, "FLOAT")
+    stereo = np.stack([0.0009 * np.sign(waveform(SAMPLE_RATE)), waveform(SAMPLE_RATE)], axis=1)
+    soundfile.write(wavs / "second.wav", stereo, SAMPLE_RATE, "FLOAT")  # the first channel is the one that counts
     write_list(
         root / "metadata.csv",
         [
@@ -118,6 +120,7 @@ def test_every_row_is_kept_or_reported(tmp_path):
             ("nothing", "silence"),
             ("cut", "this ends ear"),
             ("nan", "not a number"),
+            ("second", "on the other side"),
             ("clip-001", sentence(1)),
         ],
     )
@@ -134,14 +137,15 @@ def test_every_row_is_kept_or_reported(tmp_path):
         "unreadable": ["garbage", "nothing"],
         "truncated": ["cut"],
         "non_finite": ["nan"],
+        "silent": ["second"],
     }
     report = prepared.report
-    assert report.total == 15 == report.kept + report.num_dropped
+    assert report.total == 16 == report.kept + report.num_dropped
     assert report.minutes == pytest.approx(3 / 60)
     assert report.seconds_histogram == [0, 3]
-    assert sorted(row.row for rows in report.dropped.values() for row in rows) == [*range(2, 9), *range(10, 15)]
+    assert sorted(row.row for rows in report.dropped.values() for row in rows) == [*range(2, 9), *range(10, 16)]
     summary = report.summary()
-    assert "kept 3 of 15 clips" in summary
+    assert "kept 3 of 16 clips" in summary
     assert f"metadata.csv line 2, gone: {wavs / 'gone.wav'}" in summary
     assert "metadata.csv line 5, hash: the text holds #" in summary
     assert "metadata.csv line 10, twice: has the clip id of metadata.csv line 9" in summary

@@ -24,6 +24,8 @@ ADVICE = {
     "unreadable": "Open the file in a player; export it again as WAV or FLAC.",
     "truncated": "The file ends before its header says; copy or extract it again.",
     "non_finite": "The file holds NaN or infinite samples; export it again.",
+    "silent": "Nothing can be heard in the recording, or in the first of its channels, which is the one that counts; "
+    "export it again in mono.",
     "too_short": "Leave such clips out, or lower --data.min_seconds.",
     "too_long": "Cut the recording into shorter ones, or raise --data.max_samples (the model takes 28 s).",
 }

@@ -33,8 +33,11 @@ from tortoise_hf.data.store import Found, Record, make_key
 from tortoise_hf.models.dvae import DVAE
 from tortoise_hf.text import UNK_ID, TextTokenizer, clean_training_text
 
-CLIPS_VERSION = 3
+CLIPS_VERSION = 4
 """Raise it when the same recording would give another record: it belongs to the name of every clip store."""
+SILENT_BELOW = 1e-3
+"""Loudest sample of a clip that holds no speech: -60 dB of full scale. Recordings are 30 dB and more above it, the
+dither of a muted 16-bit track is 30 dB below."""
 TEXTS_VERSION = 1
 """Raise it when the same text would give another record, for instance because `clean_training_text` changed."""
 RESAMPLER = "torchaudio.functional.resample"
@@ -42,7 +45,7 @@ RESAMPLER = "torchaudio.functional.resample"
 
 CLIP_FEATURES = Features(
     {
-        "status": Value("string"),  # ok, skipped (outside the limits, not encoded), or a reason of audio.AudioError
+        "status": Value("string"),  # ok, skipped (outside the limits, not encoded), silent, or a reason of AudioError
         "detail": Value("string"),
         "num_samples": Value("int32"),  # at 22 050 Hz
         "mel": List(Value("float16")),  # (F, 80) flattened, normalised, until the first frame of silence after the clip
@@ -139,10 +142,13 @@ class ClipReader:
                 continue
             except OSError:
                 continue
-            if self.min_samples <= len(waveform) <= self.max_samples:
-                yield _record(key, "ok", "", len(waveform), self.encode(waveform))
-            else:
+            if not self.min_samples <= len(waveform) <= self.max_samples:
                 yield _record(self.skipped_key(key), "skipped", "", len(waveform))
+            elif (loudest := float(waveform.abs().max())) < SILENT_BELOW:
+                detail = f"its loudest sample is {loudest:.1g} of full scale, expected {SILENT_BELOW:g} or more"
+                yield _record(key, "silent", detail, len(waveform))
+            else:
+                yield _record(key, "ok", "", len(waveform), self.encode(waveform))
 
 
 class MelReader(ClipReader):
