@@ -59,6 +59,24 @@ def test_loading_brings_everything_back(tmp_path, parts):
     assert torch.equal(torch.rand(3), expected_draw)
 
 
+def test_changed_settings_of_the_optimizer_count_from_the_next_step_on(tmp_path, parts):
+    accelerator, model, *before = parts
+    path = save_at(tmp_path, (accelerator, model, *before), 5)
+    changed = OptimConfig(learning_rate=4e-4, lr_schedule="linear", weight_decay=0.5, beta1=0.8, eps=1e-6)
+    optimizer = build_optimizer(model, changed)
+    scheduler = build_lr_scheduler(optimizer, changed, max_steps=10)
+    load_checkpoint(Checkpoint(path, 5), accelerator, model, optimizer, scheduler)
+    found = [(group["lr"], group["weight_decay"], group["betas"][0], group["eps"]) for group in optimizer.param_groups]
+    assert found == [(pytest.approx(3.6e-4), decay, 0.8, 1e-6) for decay in (0.5, 0.0)]  # one step of ten is done
+    assert scheduler.get_last_lr() == [pytest.approx(3.6e-4)] * 2
+    assert len(optimizer.state) == len(before[0].state)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(3.2e-4)
+
+
 def test_weights_of_compiled_blocks_are_found(tmp_path, parts):
     path, model = save_at(tmp_path, parts, 5), parts[1]
     weights = load_file(path / "model.safetensors")

@@ -149,6 +149,10 @@ def _put_in_place(staging: Path, final: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
+_SETTINGS = ("weight_decay", "betas", "eps")
+"""Of parameter groups: what a user may have changed since the checkpoint. The learning rate is the schedule's."""
+
+
 def load_checkpoint(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
@@ -173,7 +177,7 @@ def load_checkpoint(
     model.load_state_dict(whole, strict=not adapted)
     saved = unpack(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     _restore_optimizer(optimizer, saved, path, accelerator.print)
-    lr_scheduler.load_state_dict(json.loads((path / "scheduler.json").read_text()))
+    _restore_schedule(optimizer, lr_scheduler, json.loads((path / "scheduler.json").read_text()))
     scaler_path = path / "scaler.json"
     if accelerator.scaler is not None and scaler_path.exists():
         accelerator.scaler.load_state_dict(json.loads(scaler_path.read_text()))
@@ -194,16 +198,30 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], 
     if before != now:
         say(f"{path} holds the averages of {before}, which {now} can't read; it starts its averages anew.")
         optimizer.state.clear()
-        for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-            group["lr"] = saved_group["lr"]
         return
     if not saved["state"]:
         say(f"{path} holds no optimizer state; AdamW starts its averages anew.")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in saved["state"].items():
         saved["state"][index] = {name: shard_like(value, parameters[index]) for name, value in values.items()}
-    # With its settings: a run that began with another of torch's kernels for the step stays exact.
+    settings = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    # With its kernel: a run that began with another of torch's for the step stays exact.
     optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group |= values
+
+
+def _restore_schedule(
+    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler, saved: dict[str, Any]
+) -> None:
+    """Put the schedule to the step it had reached; rate and shape are those of the settings, which may have changed."""
+    rates = lr_scheduler.base_lrs
+    lr_scheduler.load_state_dict(saved)
+    lr_scheduler.base_lrs = rates
+    now = [rate * factor(lr_scheduler.last_epoch) for rate, factor in zip(rates, lr_scheduler.lr_lambdas, strict=True)]
+    for group, rate, base in zip(optimizer.param_groups, now, rates, strict=True):
+        group["lr"], group["initial_lr"] = rate, base
+    lr_scheduler._last_lr = now
 
 
 def remember_callbacks(state: TrainerState, callbacks: list[TrainerCallback], interval: dict[str, Any]) -> None:

@@ -111,8 +111,9 @@ def memory_table(cfg: Config, mixed_precision: str) -> str:
     """
     sizes, given = _sizes(cfg.model.base), cfg.training.micro_batch_size
     adapter = f"an adapter of rank {cfg.lora.rank}" if cfg.lora.rank else "all weights"
+    starts = " drawn back to their start" if cfg.optim.decay_to_start > 0 else ""
     lines = [
-        f"A step of {adapter}, {cfg.optim.optimizer}, mixed precision {mixed_precision}, clips of "
+        f"A step of {adapter}{starts}, {cfg.optim.optimizer}, mixed precision {mixed_precision}, clips of "
         f"{cfg.data.max_samples:,} samples with {cfg.data.max_text_ids} text ids. Computed, not measured:",
         f"{'clips at once':>13}  {'recomputed':>10}  {'weights':>9}  {'gradients':>9}  {'optimizer':>9}  "
         f"{'activations':>11}  {'in all':>9}",

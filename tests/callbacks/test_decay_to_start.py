@@ -15,9 +15,7 @@ from tortoise_hf.callbacks import build_callbacks
 from tortoise_hf.callbacks.decay_to_start import DecayToStartCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
 from tortoise_hf.config import OptimConfig
-from tortoise_hf.memory import step_memory
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-from tortoise_hf.optimizer_state import working_bytes
 
 CFG = OptimConfig(learning_rate=1e-2, weight_decay=0.1, decay_to_start=20.0, lr_schedule="linear", warmup_steps=0)
 
@@ -75,24 +73,3 @@ def test_a_strong_pull_keeps_the_start_on_any_number_of_processes(tmp_path, kind
     found, start = load_file(tmp_path / "run" / "checkpoint-7" / "model.safetensors"), golden_gpt().state_dict()
     largest = max(float((found[name] - value).abs().max()) for name, value in start.items())
     assert 1e-7 < largest < 4e-6
-
-
-def test_its_memory_is_counted(tmp_path):
-    assert working_bytes(OptimConfig(decay_to_start=1.0), 1000) == working_bytes(OptimConfig(), 1000) + 4000
-    assert working_bytes(OptimConfig(optimizer="adamw_8bit", decay_to_start=1.0), 6400) == round(
-        6400 * (4 + 2 + 1 / 32)
-    )
-    sizes = golden_gpt().config
-    plain, pulled = (
-        step_memory(make_config(tmp_path, optim__decay_to_start=rate), sizes, "no", 2, False) for rate in (0.0, 3.0)
-    )
-    assert pulled.optimizer == plain.optimizer + plain.weights
-
-
-def test_what_makes_no_sense_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"optim\.decay_to_start must be 0 or more.* got -1.0 with 1e-05"):
-        OptimConfig(decay_to_start=-1.0)
-    with pytest.raises(ValueError, match=r"times optim\.learning_rate below 1, got 100\.0 with 0\.01"):
-        OptimConfig(decay_to_start=100.0, learning_rate=0.01)
-    with pytest.raises(ValueError, match=r"random weights hold nothing to keep"):
-        make_config(tmp_path, optim__decay_to_start=1.0, model__from_scratch=True)

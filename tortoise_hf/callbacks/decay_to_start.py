@@ -3,7 +3,8 @@
 A few minutes of one voice say little about most words. What they don't speak of stays as the base has it, because every
 weight is drawn back there a little at each step; what they do speak of moves against the pull. Source: Li, Grandvalet
 and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018, whose penalty is moved
-out of the gradient as Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, do with weight decay.
+out of the gradient as Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, do with weight decay. An
+adapter is drawn back to its own beginning, which adds nothing to the base.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _SPHINX_RATE = 16_000
 """Hz, of pocketsphinx's acoustic model."""
 _WIDE_BEAMS = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60}
 """How unlikely a path may become, beside the likeliest one, before pocketsphinx gives it up; its own values are 1e-48,
-1e-48 and 7e-29. With these it takes five times as long."""
+1e-48 and 7e-29. With these a clip of 2 to 4 s takes 1 to 20 s, several times as long; most where it is no speech."""
 _BOOTSTRAP_DRAWS = 1000
 _SYMBOLS = {"&": " and ", "%": " percent ", "+": " plus "}
 # One spelling of what recognisers write in several ways. "misess" is what TorToiSe's cleaner makes of "mrs.".
@@ -47,9 +47,10 @@ class Recognizer(Protocol):
 class SphinxRecognizer:
     """PocketSphinx with its own US English model, which comes with it: a download is never needed.
 
-    Each clip is heard on its own: nothing is carried over from the one before. With a grammar only whole sentences of
-    it are understood, and a single odd sound can make pocketsphinx give up all paths that lead to the end of one; the
-    rest would then be lost with it. So a clip in which nothing was found is heard again, with more patience.
+    Each clip is heard on its own: nothing is carried over from the one before. With a grammar a single odd sound can
+    make pocketsphinx give up all paths through a sentence, and what was clear is lost with it. So a clip in which
+    nothing was found is heard again, with more patience. What it then finds is a beginning of a sentence at least, be
+    the clip speech or not: with a grammar there is always something likeliest, which `WordErrors.chance` tells of.
     """
 
     def __init__(self, grammar: Path | None = None) -> None:
@@ -64,7 +65,7 @@ class SphinxRecognizer:
             from pocketsphinx import Decoder
         except ImportError as error:
             raise UserError(f"The recogniser pocketsphinx isn't installed; install it with: {INSTALL}") from error
-        self.name = "pocketsphinx" if grammar is None else f"pocketsphinx, grammar {grammar.name}"
+        self.name = "pocketsphinx" if grammar is None else f"pocketsphinx with a second hearing, grammar {grammar.name}"
         self._settings = {"samprate": float(_SPHINX_RATE), "cmn": "batch", "loglevel": "FATAL"}
         self._grammar_words, self._patient = None, None
         if grammar is not None:
