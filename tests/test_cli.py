@@ -164,3 +164,28 @@ def test_a_compiler_that_fails_is_told_in_words(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: torch.compile failed (")
     assert "Leave out accelerate's --dynamo_backend" in said
+
+
+BARS = """
+import sys, time
+from tortoise_hf.cli import run
+
+def work():
+    from tqdm import tqdm
+    for _ in tqdm(range(20)):
+        time.sleep(0.05)
+
+run(work) if sys.argv[1] == "run" else work()
+"""
+
+
+def test_progress_bars_do_not_fill_files():
+    """Twenty moves in a second: few of them are written, without `run` most."""
+    moves = {}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    for how in ("run", "plain"):
+        done = subprocess.run([sys.executable, "-c", BARS, how], capture_output=True, text=True, check=True, env=env)
+        assert "20/20" in done.stderr
+        moves[how] = done.stderr.count("it/s") + done.stderr.count("?it")
+    assert moves["run"] <= 3
+    assert moves["plain"] >= 5

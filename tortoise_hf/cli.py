@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import os
 import re
 import sys
 import typing
@@ -186,8 +187,11 @@ def loading_packages() -> Iterator[None]:
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; end in words and an exit code instead of a traceback.
 
-    A `UserError` becomes its message on stderr and exit code 1; Ctrl-C and SIGTERM become 130 and 143.
+    A `UserError` becomes its message on stderr and exit code 1; Ctrl-C and SIGTERM become 130 and 143. Progress bars
+    move twice a minute where nobody watches: in a file every move stays.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # read by tqdm when it is imported
     try:
         main()
     except UserError as error:
