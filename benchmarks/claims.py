@@ -33,18 +33,17 @@ TEMPERATURE = 0.3
 
 VARIANTS: dict[str, dict[str, object]] = {
     "as it is": {},
-    "no pull": {"optim.decay_to_start": 0},
     "stop-padded": {"data.padding": "stop"},
     "own-clip": {},
     "plain": {"training.micro_batch_size": 1, "training.eval_batch_size": 1},
     "shared conditioning": {"data.conditioning_group": 8},
     "larger steps": {"optim.learning_rate": 8e-4},
-    "from scratch": {"model.from_scratch": True, "optim.learning_rate": 1e-3, "optim.decay_to_start": 0},
+    "from scratch": {"model.from_scratch": True, "optim.learning_rate": 1e-3},
 }
-"""What each run differs in. Weights not drawn back to the base's; padding that counts as stops, as in the reference
-trainer; every clip conditioned on itself instead of on others of its speaker; one clip at a time, without padding or
-grouping; eight clips of a step hearing the same conditioning; four times the learning rate; random weights instead of
-the base's, at the learning rate the base was trained with, and not drawn back."""
+"""What each run differs in. Padding that counts as stops, as in the reference trainer; every clip conditioned on itself
+instead of on others of its speaker; one clip at a time, without padding or grouping; eight clips of a step hearing the
+same conditioning; four times the learning rate; random weights instead of the base's, at the learning rate the base was
+trained with."""
 
 JUDGED = ("wer", "ended", "as_long_as_expected", "judged_the_voice")
 """What is judged of speech: shares of the words that are wrong, and of the texts."""

@@ -40,7 +40,7 @@ def fine_tune(cfg: Config) -> None:
         )
         from tortoise_hf.models.pretrained import load_mel_norms
         from tortoise_hf.optim import build_lr_scheduler, build_optimizer, settle_optimizer
-        from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data, start_fingerprint
+        from tortoise_hf.preparation import load_model, make_plan, prepare_base_and_data
         from tortoise_hf.run import check_run_folder, clip_hashes, finish_run, open_run, start_or_resume, write_report
         from tortoise_hf.samples import open_samples
         from tortoise_hf.summary import closing_lines, opening_lines
@@ -59,14 +59,13 @@ def fine_tune(cfg: Config) -> None:
 
     cfg = settle_optimizer(cfg, accelerator)
     model = load_model(cfg, files)
-    start_sha256 = start_fingerprint(cfg, model)
     plan = make_plan(cfg, accelerator, files, data, model)
     accelerator.print(plan.table())
     cfg = plan.config
     set_gradient_checkpointing(model, cfg.model.gradient_checkpointing)
     batches, eval_batches = build_batches(cfg, accelerator, data.train, data.eval, load_mel_norms(files), model.config)
     clips = clip_hashes(data.train)
-    run_folder = open_run(cfg, accelerator, clips, batches.steps_per_epoch, plan.to_dict(), start_sha256)
+    run_folder = open_run(cfg, accelerator, clips, batches.steps_per_epoch, plan.to_dict())
     if accelerator.is_main_process:
         write_report(cfg, data.report)
         if cfg.hub.repo_id is not None:
@@ -79,7 +78,7 @@ def fine_tune(cfg: Config) -> None:
     lr_scheduler = build_lr_scheduler(optimizer, cfg.optim, run_folder.max_steps)
     compile_blocks(accelerator, model.gpt.h)
     model, optimizer = accelerator.prepare(model, optimizer)
-    callbacks = build_callbacks(cfg, accelerator, optimizer, files, samples)
+    callbacks = build_callbacks(cfg, accelerator, files, samples)
 
     state = start_or_resume(cfg, run_folder, accelerator, model, optimizer, lr_scheduler, callbacks)
     if run_folder.finished_step is None:

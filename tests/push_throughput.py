@@ -97,7 +97,7 @@ def train_once(folder: Path, base: Path, repo_id: str | None) -> tuple[float, fl
     scheduler = build_lr_scheduler(optimizer, cfg.optim, run.max_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     clock = Clock()
-    callbacks = [*build_callbacks(cfg, accelerator, optimizer, files), clock]
+    callbacks = [*build_callbacks(cfg, accelerator, files), clock]
     for callback in callbacks:
         if hasattr(callback, "pusher"):
             callback.on_train_end = lambda *args, **kwargs: None  # its patience after the last step is not measured

@@ -25,8 +25,6 @@ def test_defaults_are_the_reference_trainers():
         (OptimConfig, {"milestones": (0,)}, "optim.milestones"),
         (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps"),
         (OptimConfig, {"beta2": 1.0}, "optim.beta2"),
-        (OptimConfig, {"decay_to_start": -1.0}, r"optim\.decay_to_start must be 0 or more.* got -1.0 with 1e-05"),
-        (OptimConfig, {"decay_to_start": 99.0, "learning_rate": 0.1}, r"times optim\.learning_rate below 1, got 99\.0"),
         (TrainingConfig, {"output_dir": "r", "max_steps": 0}, "training.max_steps"),
         (TrainingConfig, {"output_dir": "r", "eval_steps": 0}, "training.eval_steps"),
         (TrainingConfig, {"output_dir": "r", "save_steps": 1.5}, "training.save_steps"),
@@ -38,12 +36,6 @@ def test_defaults_are_the_reference_trainers():
 def test_values_out_of_range_are_refused_by_name(section, values, named):
     with pytest.raises(ValueError, match=named):
         section(**values)
-
-
-def test_random_weights_are_not_kept():
-    sections = {"data": DataConfig(root="x"), "training": TrainingConfig(output_dir="r"), "callbacks": CallbackConfig()}
-    with pytest.raises(ValueError, match="random weights hold nothing to keep"):
-        Config(**sections, model=ModelConfig(from_scratch=True), optim=OptimConfig(decay_to_start=1.0))
 
 
 def test_the_longest_clip_allowed_fits_the_position_table():

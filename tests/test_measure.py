@@ -46,8 +46,6 @@ def test_it_reports_time_and_memory(tmp_path):
     assert [(trial.micro_batch_size, trial.gradient_checkpointing) for trial in found.trials] == [
         (1, False), (2, False), (4, False)]  # fmt: skip
     assert found.optimizer_bytes == 8 * sum(parameter.numel() for parameter in model.parameters())
-    drawn_back = measure_it(tmp_path, model, training__micro_batch_size=1, optim__decay_to_start=3.0)
-    assert drawn_back.optimizer_bytes == found.optimizer_bytes * 12 // 8
     assert 0 < found.seconds_per_clip < 1
     assert found.fixed_bytes < found.usable_bytes
     assert all(trial.peak_bytes > 2**20 for trial in found.trials)

@@ -25,13 +25,6 @@ def test_weights_gradients_and_optimizer_are_counted(tmp_path):
     assert full.total == full.weights + full.gradients + full.optimizer + full.activations
 
 
-def test_weights_that_are_drawn_back_are_there_twice(tmp_path, tiny_base):
-    plain, pulled = memory(tmp_path), memory(tmp_path, optim__decay_to_start=3.0)
-    assert pulled.total - plain.total == pulled.optimizer - plain.optimizer == plain.weights
-    settings = {"model__base": str(tiny_base), "training__micro_batch_size": 1, "optim__decay_to_start": 3.0}
-    assert "all weights drawn back to their start, adamw" in memory_table(make_config(tmp_path, **settings), "no")
-
-
 def test_an_adapter_takes_less_than_all_weights(tmp_path):
     full, lora = memory(tmp_path), memory(tmp_path, lora__rank=4)
     adapter = 4 * 2 * 64 * (4 + 2 + 5 + 5)

@@ -94,7 +94,6 @@ SET = {
     "model__gradient_checkpointing": True,
     "optim__lr_schedule": "multistep",
     "optim__warmup_steps": 0,
-    "optim__decay_to_start": 30.0,
     "optim__milestones": (30, 60),
     "callbacks__early_stopping_patience": 0,
 }

@@ -3,11 +3,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from accelerate import Accelerator
 from conftest import golden_gpt, make_config
 from transformers import TrainerState
@@ -18,7 +16,6 @@ from tortoise_hf.config import OptimConfig
 from tortoise_hf.data.check import DatasetReport
 from tortoise_hf.errors import UserError
 from tortoise_hf.optim import build_lr_scheduler, build_optimizer
-from tortoise_hf.preparation import start_fingerprint
 from tortoise_hf.run import (
     check_run_folder,
     clip_hashes,
@@ -104,7 +101,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         {"training__plan": "tortoise"},
         {"data__padding": "stop"},
         {"model__base": "elsewhere"},
-        {"optim__decay_to_start": 30.0},
     ],
 )
 def test_settings_that_make_another_run_are_refused_by_name(tmp_path, change):
@@ -112,33 +108,6 @@ def test_settings_that_make_another_run_are_refused_by_name(tmp_path, change):
     (key,) = change
     with pytest.raises(UserError, match=key.replace("__", r"\.")):
         open_it(make_config(tmp_path, **change))
-
-
-def test_records_of_versions_without_a_setting_stand_for_what_these_did(tmp_path):
-    cfg = make_config(tmp_path)
-    record = Path(cfg.training.output_dir) / "run.json"
-    open_it(cfg)
-    values = json.loads(record.read_text())
-    del values["config"]["optim"]["decay_to_start"], values["config"]["lora"], values["start_sha256"]
-    record.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"begun with optim.decay_to_start 0\.0, and now it is 30\.0"):
-        open_it(make_config(tmp_path, optim__decay_to_start=30.0))
-    with pytest.raises(UserError, match=r"begun with lora.rank 0, and now it is 2"):
-        open_it(make_config(tmp_path, lora__rank=2))
-    open_it(cfg)
-
-
-def test_other_weights_to_be_drawn_back_to_are_refused(tmp_path):
-    cfg, accelerator = make_config(tmp_path, optim__decay_to_start=30.0, model__base="voice"), Accelerator(cpu=True)
-    model = golden_gpt()
-    begun = start_fingerprint(cfg, model)
-    open_run(cfg, accelerator, {"a": "1"}, 5, start_sha256=begun)
-    open_run(cfg, accelerator, {"a": "1"}, 5, start_sha256=start_fingerprint(cfg, golden_gpt()))
-    with torch.no_grad():
-        model.mel_head.bias[0] += 1
-    with pytest.raises(UserError, match=rf"model.base voice .* have changed \(sha256 {begun[:12]}, now"):
-        open_run(cfg, accelerator, {"a": "1"}, 5, start_sha256=start_fingerprint(cfg, model))
-    assert start_fingerprint(make_config(tmp_path), model) is None
 
 
 def test_settings_that_may_change(tmp_path):

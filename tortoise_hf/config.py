@@ -193,10 +193,6 @@ class OptimConfig:
     """Highest learning rate of the run."""
     weight_decay: float = 0.01
     """AdamW weight decay of matrices; biases, norms and embeddings have none."""
-    decay_to_start: float = 0.0
-    """Pull of all trained weights towards those the run started from (L2-SP): after each step they go back by learning
-    rate x this of the way. A voice of few clips then forgets less of what the base could say. Takes 4 bytes per trained
-    weight. The demo has 30, where mean learning rate x steps x this is 1.2; 0 switches it off."""
     beta1: float = 0.9
     """AdamW: decay of the gradient's mean."""
     beta2: float = 0.96
@@ -228,11 +224,6 @@ class OptimConfig:
         """Check ranges; `ValueError` names the key."""
         _require(self.learning_rate > 0, f"optim.learning_rate must be above 0, got {self.learning_rate}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must be 0 or more, got {self.weight_decay}")
-        _require(
-            0 <= self.decay_to_start * self.learning_rate < 1,
-            "optim.decay_to_start must be 0 or more, and times optim.learning_rate below 1, got "
-            f"{self.decay_to_start} with {self.learning_rate}",
-        )
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
         _require(self.eps > 0, f"optim.eps must be above 0, got {self.eps}")
@@ -436,11 +427,6 @@ class Config:
             self.lora.rank == 0 or not self.model.from_scratch,
             "model.from_scratch is true and lora.rank above 0, but an adapter of random weights would teach nobody to "
             "speak; set one of them back",
-        )
-        _require(
-            self.optim.decay_to_start == 0 or not self.model.from_scratch,
-            "model.from_scratch is true and optim.decay_to_start above 0, but random weights hold nothing to keep; set "
-            "one of them back",
         )
         _require(
             self.lora.rank > 0 or not self.hub.adapter_only,

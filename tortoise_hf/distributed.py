@@ -70,12 +70,6 @@ def to_full(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, without gradients; it shares the tensor's memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that all processes hold, dealt out the way `like` is.
 

@@ -21,7 +21,7 @@ from tortoise_hf.data.collate import Batch, Collator
 from tortoise_hf.data.sampler import Draw
 from tortoise_hf.loss import gpt_loss, weighted_mean
 from tortoise_hf.machine import set_gradient_checkpointing
-from tortoise_hf.optimizer_state import working_bytes
+from tortoise_hf.optimizer_state import MOMENT_BYTES
 from tortoise_hf.plan import Measurement, Trial, choose_micro_batch, micro_batch_candidates
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class _Probe:
             device=kind,
             usable_bytes=int(USABLE_SHARE[kind] * free),
             fixed_bytes=fixed,
-            optimizer_bytes=working_bytes(self.cfg.optim, parameters),
+            optimizer_bytes=round(MOMENT_BYTES[self.cfg.optim.optimizer] * parameters),
         )
 
     def try_sizes(self, found: Measurement, sizes: list[int], checkpointing: bool) -> Measurement:

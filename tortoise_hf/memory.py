@@ -33,7 +33,7 @@ from tortoise_hf.machine import set_gradient_checkpointing
 from tortoise_hf.models.cross_entropy import largest_piece
 from tortoise_hf.models.gpt import GPTConfig, TortoiseGPT
 from tortoise_hf.models.pretrained import RELEASED_BASE
-from tortoise_hf.optimizer_state import working_bytes
+from tortoise_hf.optimizer_state import MOMENT_BYTES
 from tortoise_hf.units import format_bytes
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,7 +65,7 @@ def step_memory(
     """Memory of a step on clips of the greatest length that the settings let through.
 
     Args:
-        cfg: `data`, `lora`, `optim.optimizer` and `optim.decay_to_start` are read.
+        cfg: `data`, `lora` and `optim.optimizer` are read.
         sizes: of the GPT.
         mixed_precision: no, fp16 or bf16.
         micro_batch_size: clips at once.
@@ -98,7 +98,7 @@ def step_memory(
     return StepMemory(
         weights,
         _bytes(trained),
-        working_bytes(cfg.optim, sum(value.numel() for value in trained)),
+        round(MOMENT_BYTES[cfg.optim.optimizer] * sum(value.numel() for value in trained)),
         activations,
     )
 
@@ -111,9 +111,8 @@ def memory_table(cfg: Config, mixed_precision: str) -> str:
     """
     sizes, given = _sizes(cfg.model.base), cfg.training.micro_batch_size
     adapter = f"an adapter of rank {cfg.lora.rank}" if cfg.lora.rank else "all weights"
-    starts = " drawn back to their start" if cfg.optim.decay_to_start > 0 else ""
     lines = [
-        f"A step of {adapter}{starts}, {cfg.optim.optimizer}, mixed precision {mixed_precision}, clips of "
+        f"A step of {adapter}, {cfg.optim.optimizer}, mixed precision {mixed_precision}, clips of "
         f"{cfg.data.max_samples:,} samples with {cfg.data.max_text_ids} text ids. Computed, not measured:",
         f"{'clips at once':>13}  {'recomputed':>10}  {'weights':>9}  {'gradients':>9}  {'optimizer':>9}  "
         f"{'activations':>11}  {'in all':>9}",

@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from tortoise_hf.config import OptimConfig
-
 OptimizerState = Literal["full", "8bit", "none"]
 
 BLOCK = 256
@@ -20,7 +18,7 @@ BLOCK = 256
 MIN_VALUES = 4096
 """Tensors with fewer values are kept in full: they weigh nothing, and norms and biases react to small errors."""
 WEIGHT_BYTES = 4
-"""Bytes of one weight, in memory and in a checkpoint."""
+"""Bytes of one weight in a checkpoint."""
 STATE_BYTES: dict[str, float] = {"full": 8.0, "8bit": 2 * (1 + 4 / BLOCK), "none": 0.0}
 """Bytes of one weight's optimizer state, for the two moments together."""
 MOMENT_BYTES: dict[str, float] = {"adamw": STATE_BYTES["full"], "adamw_8bit": STATE_BYTES["8bit"]}
@@ -114,14 +112,3 @@ def checkpoint_bytes(num_weights: int, kind: OptimizerState, optimizer: str = "a
         optimizer: which one it is.
     """
     return round(num_weights * (WEIGHT_BYTES + min(STATE_BYTES[kind], MOMENT_BYTES[optimizer])))
-
-
-def working_bytes(optim: OptimConfig, num_trained: int) -> int:
-    """Memory of a run's optimizer: its moments, and the weights it draws back to (`optim.decay_to_start`).
-
-    Args:
-        optim: `optimizer` and `decay_to_start` are read.
-        num_trained: weights.
-    """
-    starts = WEIGHT_BYTES if optim.decay_to_start > 0 else 0
-    return round(num_trained * (MOMENT_BYTES[optim.optimizer] + starts))

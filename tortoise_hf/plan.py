@@ -413,8 +413,6 @@ class _Resolver:
                 "default" if optim.learning_rate == default else SET_BY_USER,
             )
         )
-        if optim.decay_to_start > 0:
-            self.rows.append(Row("optim.decay_to_start", f"{optim.decay_to_start:g}", SET_BY_USER))
         if calculation:
             schedule = "tortoise_multistep", "plan: the reference trainer's"
             milestones = calculation.milestones, "plan: epochs 20, 40, 56 and 72"

@@ -16,7 +16,7 @@ from tortoise_hf.data.conditioning import ConditioningDraws
 from tortoise_hf.data.ljspeech import read_rows
 from tortoise_hf.data.prepare import Prepared, look_over, prepare_dataset
 from tortoise_hf.errors import UserError
-from tortoise_hf.lora import add_adapter, fingerprint, num_weights
+from tortoise_hf.lora import add_adapter, num_weights
 from tortoise_hf.measure import measure
 from tortoise_hf.models.gpt import TortoiseGPT
 from tortoise_hf.models.pretrained import BaseFiles, load_dvae, load_gpt, load_mel_norms, load_tokenizer, resolve_base
@@ -58,18 +58,6 @@ def load_model(cfg: Config, files: BaseFiles) -> TortoiseGPT:
     if cfg.lora.rank > 0:
         add_adapter(model, cfg.lora, cfg.training.seed)
     return model
-
-
-def start_fingerprint(cfg: Config, model: TortoiseGPT) -> str | None:
-    """What the run's record knows the weights by that it is drawn back to; None where it isn't drawn to the base's.
-
-    An adapter's files name their base themselves.
-
-    Args:
-        cfg: the experiment.
-        model: from `load_model`, still on the CPU.
-    """
-    return fingerprint(model) if cfg.optim.decay_to_start > 0 and cfg.lora.rank == 0 else None
 
 
 def make_plan(cfg: Config, accelerator: Accelerator, files: BaseFiles, data: Prepared, model: TortoiseGPT) -> Plan:

@@ -51,14 +51,11 @@ NOT_A_RUN = (REPORT_NAME, CLIPS_FILE, LOCK_NAME, f".{RUN_FILE}.tmp", f".{CLIPS_F
 """Files a run leaves that was killed before it began; a folder that holds nothing else is still free."""
 FIXED_SETTINGS = ("data.padding", "data.num_conditioning_clips", "data.conditioning_seconds", "model.base",
                   "model.from_scratch", "lora.rank", "lora.alpha", "lora.conditioning_encoder", "lora.embeddings",
-                  "lora.heads", "optim.decay_to_start", "training.plan", "training.batch_size",
-                  "training.seed")  # fmt: skip
+                  "lora.heads", "training.plan", "training.batch_size", "training.seed")  # fmt: skip
 """Settings a run can't change half-way without becoming another run. Micro-batch size, processes, learning rate and
 length may change."""
-_DEFAULTS = {f"lora.{name}": value for name, value in dataclasses.asdict(LoraConfig()).items()} | {
-    "optim.decay_to_start": 0.0
-}
-"""Settings that records of earlier versions lack, as those versions behaved."""
+_DEFAULTS = {"lora": dataclasses.asdict(LoraConfig())}
+"""Sections that records of earlier versions lack, as those versions behaved."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,6 @@ class Run:
     """Last step of a run that ended by itself; None if it is under way."""
     plan: dict[str, Any] = field(default_factory=dict)
     """How the settings came about, as `Plan.to_dict` gave it when the run began."""
-    start_sha256: str | None = None
-    """Fingerprint of the weights it is drawn back to, see `start_fingerprint`; None where it isn't."""
 
 
 def clip_hashes(examples: Dataset) -> dict[str, str]:
@@ -151,7 +146,6 @@ def open_run(
     clips: dict[str, str],
     steps_per_epoch: int,
     plan: dict[str, Any] | None = None,
-    start_sha256: str | None = None,
 ) -> Run:
     """Take the folder for this run alone, decide where to begin, note down what the run is; every process calls it.
 
@@ -161,11 +155,10 @@ def open_run(
         clips: what is trained on, see `clip_hashes`.
         steps_per_epoch: optimizer steps that see every clip once.
         plan: how the settings came about; noted down with them.
-        start_sha256: of the weights that the run is drawn back to, if it is.
 
     Raises:
-        UserError: if settings, data or those weights changed so that going on would not continue the run in this
-            folder, the checkpoint named by `training.resume` isn't sound, or another run is in the folder.
+        UserError: if settings or data changed so that going on would not continue the run in this folder, the
+            checkpoint named by `training.resume` isn't sound, or another run is in the folder.
     """
     output_dir, resume = Path(cfg.training.output_dir), cfg.training.resume
     max_steps = cfg.training.max_steps or cfg.training.num_train_epochs * steps_per_epoch
@@ -186,7 +179,7 @@ def open_run(
     checkpoint, finished_step = None, None
     if (output_dir / RUN_FILE).is_file():
         record = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-        _refuse_changes(cfg, record, clips, start_sha256, output_dir)
+        _refuse_changes(cfg, record, clips, output_dir)
         finished_step = record["finished_step"] if record["max_steps"] == max_steps else None
         checkpoint = newest_sound_checkpoint(output_dir, warn=accelerator.print)
         if checkpoint is None or checkpoint.step != finished_step:
@@ -195,10 +188,8 @@ def open_run(
         checkpoint, finished_step = _named_checkpoint(Path(resume)), None
         source = Path(resume).resolve().parent
         if (source / RUN_FILE).is_file():
-            record = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
-            _refuse_changes(cfg, record, clips, start_sha256, source)
-    data = fingerprint(clips)
-    run = Run(output_dir, max_steps, data, len(clips), checkpoint, finished_step, plan or {}, start_sha256)
+            _refuse_changes(cfg, json.loads((source / RUN_FILE).read_text(encoding="utf-8")), clips, source)
+    run = Run(output_dir, max_steps, fingerprint(clips), len(clips), checkpoint, finished_step, plan or {})
     accelerator.wait_for_everyone()  # nobody reads the record any more
     _on_main_process(accelerator, write_down)
     return run
@@ -225,12 +216,10 @@ def _named_checkpoint(path: Path) -> Checkpoint:
 def fixed_setting(config: Mapping[str, Any], key: str) -> Any:
     """One of `FIXED_SETTINGS` out of a record's settings; None if its version didn't know it yet."""
     section, name = key.split(".")
-    return config.get(section, {}).get(name, _DEFAULTS.get(key))
+    return config.get(section, _DEFAULTS.get(section, {})).get(name)
 
 
-def _refuse_changes(
-    cfg: Config, record: dict[str, Any], clips: dict[str, str], start_sha256: str | None, folder: Path
-) -> None:
+def _refuse_changes(cfg: Config, record: dict[str, Any], clips: dict[str, str], folder: Path) -> None:
     now, then = cfg.to_dict(), record["config"]
     for key in FIXED_SETTINGS:
         section, name = key.split(".")
@@ -241,13 +230,6 @@ def _refuse_changes(
                 f"{folder} was begun with {key} {before}, and now it is {now[section][name]}; the run "
                 "can't go on like that. Set it back, or name another training.output_dir."
             )
-    start_before = record.get("start_sha256")
-    if start_before != start_sha256:
-        raise UserError(
-            f"{folder} draws its weights back to those of model.base {cfg.model.base} (optim.decay_to_start), and they "
-            f"have changed (sha256 {str(start_before)[:12]}, now {str(start_sha256)[:12]}); the run can't go on like "
-            "that. Bring them back, or name another training.output_dir."
-        )
     if fingerprint(clips) != record["data_fingerprint"]:
         raise UserError(
             f"{folder} was begun with {record['num_train_clips']:,} training clips that are not the {len(clips):,} "
@@ -284,7 +266,6 @@ def write_record(run: Run, cfg: Config) -> None:
         "config": cfg.to_dict(),
         "data_fingerprint": run.data_fingerprint,
         "num_train_clips": run.num_train_clips,
-        "start_sha256": run.start_sha256,
         "max_steps": run.max_steps,
         "finished_step": run.finished_step,
         "plan": run.plan,

@@ -102,8 +102,6 @@ def _facts(
         facts.append(("trained on", clips))
         facts.append(("clips per step", f"{settings['training']['batch_size']:,}"))
         facts.append(("learning rate", f"{settings['optim']['learning_rate']:g}"))
-        if settings["optim"].get("decay_to_start"):  # records of earlier versions lack it
-            facts.append(("drawn back to the start", f"by learning rate x {settings['optim']['decay_to_start']:g}"))
     found = {entry["step"]: entry for entry in evaluations}
     if evaluations:
         first = evaluations[0]

@@ -63,7 +63,7 @@ def _train(cfg: Config, num_clips: int, prepare) -> dict:
     scheduler = build_lr_scheduler(optimizer, cfg.optim, run.max_steps)
     plain = model
     model, optimizer = accelerator.prepare(model, optimizer)
-    callbacks = build_callbacks(cfg, accelerator, optimizer)
+    callbacks = build_callbacks(cfg, accelerator)
     state = start_or_resume(cfg, run, accelerator, model, optimizer, scheduler, callbacks)
     if prepare is not None:
         prepare({"model": plain, "dataset": dataset, "callbacks": callbacks, "accelerator": accelerator})

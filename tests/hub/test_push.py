@@ -23,7 +23,6 @@ from tortoise_hf.errors import UserError
 from tortoise_hf.hub import voice_folder
 from tortoise_hf.hub.client import _wait_seconds, check_access
 from tortoise_hf.hub.publish import NOTE, push_at_end, push_run
-from tortoise_hf.sample_page import write_page
 
 VOICE = {"hub__repo_id": "me/voice", "hub__consent": CONSENT}
 
@@ -108,17 +107,6 @@ def test_the_card_says_what_a_voice_needs(hub, run, monkeypatch):
     assert "--ar-checkpoint my_copy/5_gpt.pth" in text
     assert "preview" not in text
     assert "<audio" not in card.text
-    assert "drawn back" not in card.text
-
-
-def test_the_card_and_the_page_say_that_weights_were_drawn_back(hub, tiny_base, tmp_path):
-    run = make_run(tmp_path, tiny_base, optim__decay_to_start=30.0, hub__repo_id="me/voice", hub__consent=CONSENT)
-    push_run(run)
-    text = hub.repository("me/voice").files()["README.md"].decode()
-    assert "cosine |\n| drawn back to the start | by learning rate x 30.0 per step |\n\nAll settings" in text
-    (run / "samples").mkdir()
-    page = write_page(run, running=False).read_text(encoding="utf-8")
-    assert "by learning rate x 30" in page
 
 
 def test_samples_are_played_by_the_card(hub, run):

@@ -60,7 +60,7 @@ def test_what_the_check_goes_by_is_set_before_it():
         read_others("Other_Settings", "training.seed: 7, data.min_seconds: 1")
     with pytest.raises(ValueError, match="write it into Other_Settings in section 5"):
         read_others("Data_Settings", "training.seed: 7")
-    assert read_others("Data_Settings", "lora.rank: 16, optim.optimizer: adamw_8bit, optim.decay_to_start: 30")
+    assert read_others("Data_Settings", "lora.rank: 16, optim.optimizer: adamw_8bit")
 
 
 def test_a_message_for_the_shell_says_where_the_notebook_takes_it():

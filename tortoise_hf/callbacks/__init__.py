@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import (
     DefaultFlowCallback,
@@ -17,7 +16,6 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from tortoise_hf.callbacks.checkpointing import CheckpointCallback
-from tortoise_hf.callbacks.decay_to_start import DecayToStartCallback
 from tortoise_hf.callbacks.hub import HubCallback, held_by_pushes
 from tortoise_hf.callbacks.interrupt import InterruptCallback
 from tortoise_hf.callbacks.lr_schedule import LRScheduleCallback
@@ -31,30 +29,22 @@ from tortoise_hf.samples import Samples
 
 
 def build_callbacks(
-    cfg: Config,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    files: BaseFiles | None = None,
-    samples: Samples | None = None,
+    cfg: Config, accelerator: Accelerator, files: BaseFiles | None = None, samples: Samples | None = None
 ) -> list[TrainerCallback]:
     """The callbacks a config asks for, in order of action.
 
-    They are: flow, pull to the start, schedule, stop, checkpoint, Hub, interrupt, samples, loggers.
+    They are: flow, schedule, stop, checkpoint, Hub, interrupt, samples, loggers.
 
     Args:
         cfg: the experiment.
         accelerator: of this process.
-        optimizer: prepared, over weights as the run starts from them; no checkpoint is loaded yet.
         files: what the run starts from; without it nothing is pushed.
         samples: what is spoken on the way; None for nothing.
 
     Raises:
         UserError: if TensorBoard is asked for and not installed.
     """
-    callbacks: list[TrainerCallback] = [DefaultFlowCallback()]
-    if cfg.optim.decay_to_start > 0:
-        callbacks.append(DecayToStartCallback(optimizer, cfg.optim.decay_to_start))
-    callbacks.append(LRScheduleCallback())
+    callbacks: list[TrainerCallback] = [DefaultFlowCallback(), LRScheduleCallback()]
     if cfg.callbacks.early_stopping_patience > 0 and cfg.training.eval_strategy != "no":
         callbacks.append(
             EarlyStoppingCallback(cfg.callbacks.early_stopping_patience, cfg.callbacks.early_stopping_threshold)

@@ -102,7 +102,7 @@ def where_to_write(message: str) -> str:
 
 def _place_of(key: str) -> str:
     """Which of the two fields a setting belongs to."""
-    checked = key.split(".")[0] in ("data", "model", "lora") or key in ("optim.optimizer", "optim.decay_to_start")
+    checked = key.split(".")[0] in ("data", "model", "lora") or key == "optim.optimizer"
     return "Data_Settings" if checked else "Other_Settings"
 
 
