@@ -32,6 +32,16 @@ def test_a_setting_accelerate_does_not_know_is_told_in_a_sentence(monkeypatch):
         start_accelerator(0)
 
 
+@pytest.mark.parametrize("precision", ["fp99", "FP16"])
+def test_a_precision_that_there_is_not_is_told_in_a_sentence(monkeypatch, precision):
+    """Accelerate would compute in full precision and say nothing."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(UserError, match=f"told mixed precision {precision}, expected one of no, fp16, bf16; correct"):
+        start_accelerator(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_what_has_no_blocks_is_not_compiled_and_says_so(monkeypatch, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")

@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tortoise_hf.errors import UserError
 
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
 STEP_TIMEOUT = timedelta(minutes=15)
 """How long a process waits for the others in a step, a save or an evaluation before it ends with an error: long enough
 for a checkpoint on a slow disk. A process that dies is noticed much sooner, through its launcher or its connection."""
@@ -58,6 +59,12 @@ def start_accelerator(seed: int) -> Accelerator:
             f"accelerate can't use what it was told ({error}); correct the flags of accelerate launch, its config "
             "file, or the variable that begins with ACCELERATE_."
         ) from error
+    if accelerator.mixed_precision not in MIXED_PRECISIONS:  # accelerate goes on in full precision without a word
+        raise UserError(
+            f"accelerate was told mixed precision {accelerator.mixed_precision}, expected one of "
+            f"{', '.join(MIXED_PRECISIONS)}; correct --mixed_precision of accelerate launch, its config file, or the "
+            "variable ACCELERATE_MIXED_PRECISION."
+        )
     _check_sharding(accelerator)
     set_seed(seed, device_specific=True)
     torch.backends.cuda.matmul.allow_tf32 = True
