@@ -158,7 +158,7 @@ def load_checkpoint(
     accelerator: Accelerator,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> TrainerState:
     """Put a run back to where `checkpoint` was saved; every process calls it.
 
@@ -212,7 +212,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], 
 
 
 def _restore_schedule(
-    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LRScheduler, saved: dict[str, Any]
+    optimizer: torch.optim.Optimizer, lr_scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict[str, Any]
 ) -> None:
     """Put the schedule to the step it had reached; rate and shape are those of the settings, which may have changed."""
     rates = lr_scheduler.base_lrs

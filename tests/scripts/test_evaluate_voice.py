@@ -127,7 +127,7 @@ def test_somebody_listens(evaluate, places, tmp_path, capsys):
     evaluate("--voice", places / "voice", "--preview", "--seed", "2", *listens)
     words = read(tmp_path / "evaluation")["columns"][0]["words"]
     assert (words["num_words"], len(words["heard"])) == (5, 2)
-    assert all(any(said.startswith(heard) for said in ("rain fell", "he said yes")) for heard in words["heard"])
+    assert set(words["heard"]) <= {"", "rain", "rain fell", "he", "he said", "he said yes"}
     assert (tmp_path / "evaluation" / "word_error_rate.png").is_file()
     out = capsys.readouterr().out
     assert "count as wrong: no." in out

@@ -36,8 +36,8 @@ from tortoise_hf.text import UNK_ID, TextTokenizer, clean_training_text
 CLIPS_VERSION = 4
 """Raise it when the same recording would give another record: it belongs to the name of every clip store."""
 SILENT_BELOW = 1e-3
-"""Loudest sample of a clip that holds no speech: -60 dB of full scale. Recordings are 30 dB and more above it, the
-dither of a muted 16-bit track is 30 dB below."""
+"""Share of full scale that the loudest sample of a clip must reach, -60 dB: 33 steps of 16 bits, too few for speech.
+The dither of a muted 16-bit track has one or two."""
 TEXTS_VERSION = 1
 """Raise it when the same text would give another record, for instance because `clean_training_text` changed."""
 RESAMPLER = "torchaudio.functional.resample"

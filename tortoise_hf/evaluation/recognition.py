@@ -49,8 +49,9 @@ class SphinxRecognizer:
 
     Each clip is heard on its own: nothing is carried over from the one before. With a grammar a single odd sound can
     make pocketsphinx give up all paths through a sentence, and what was clear is lost with it. So a clip in which
-    nothing was found is heard again, with more patience. What it then finds is a beginning of a sentence at least, be
-    the clip speech or not: with a grammar there is always something likeliest, which `WordErrors.chance` tells of.
+    nothing was found is heard again, with more patience. That may find the beginning of a sentence alone, and words in
+    what is no speech, speech played backwards for instance: with a grammar something is often likeliest, and
+    `WordErrors.chance` tells how much that is worth.
     """
 
     def __init__(self, grammar: Path | None = None) -> None:
